@@ -1,0 +1,53 @@
+"""JaggedBatch: the one batch type, from the reader to the loss; no padding anywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class JaggedBatch:
+    """B sequences laid end to end in T rows; sequence b owns rows offsets[b] to offsets[b+1].
+
+    Row i of a sequence holds event i and, beside it, the event that follows: what to predict and when.
+    Lengths 0 and 1 are legal, and so is a batch of no sequences.
+
+    Attributes:
+        offsets: [B+1] int64, starting at 0.
+        item_ids: [T] int64, vocabulary ids of the events.
+        timestamps: [T] int64 seconds, when each event happened (key times of the relative bias).
+        actions: [T] int32, what the user did; 0 where the data has none.
+        target_ids: [T] int64, the item that followed each event.
+        query_times: [T] int64 seconds, when that following event happened (query times of the bias).
+        row_ids: [B] int64, which sequence of the data set each one is; world-size-independent identity.
+    """
+
+    offsets: Tensor
+    item_ids: Tensor
+    timestamps: Tensor
+    actions: Tensor
+    target_ids: Tensor
+    query_times: Tensor
+    row_ids: Tensor
+
+    @property
+    def num_sequences(self) -> int:
+        """B."""
+        return self.row_ids.numel()
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.item_ids.numel()
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] int64."""
+        return self.offsets.diff()
+
+    def to(self, device: torch.device) -> JaggedBatch:
+        """The same batch on another device."""
+        return JaggedBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})

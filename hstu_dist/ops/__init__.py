@@ -1,0 +1,1 @@
+"""Jagged operations: attention with interchangeable backends, relative bias, stateless random numbers."""

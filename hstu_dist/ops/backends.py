@@ -1,0 +1,44 @@
+"""Finding a backend by name: the one place where optional backends are imported, lazily."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import cast
+
+import torch
+
+from hstu_dist.errors import UserError
+from hstu_dist.ops.call import AttentionBackend
+from hstu_dist.ops.spec import Backend
+
+_MODULES = {
+    Backend.BLOCKED: "hstu_dist.ops.blocked",
+}
+
+
+@functools.cache
+def load(backend: Backend) -> AttentionBackend:
+    """The module that implements a fast backend (the reference needs none: autograd differentiates it).
+
+    Raises:
+        UserError: the backend cannot run on this machine.
+    """
+    try:
+        # a module with the two functions satisfies the protocol
+        return cast(AttentionBackend, importlib.import_module(_MODULES[backend]))
+    except ImportError as error:
+        raise UserError(
+            f"attention backend {backend}: not available on this machine ({error})",
+            f"use backend=auto or one of {', '.join(map(str, available(torch.device('cpu'))))}",
+        ) from error
+
+
+def available(device: torch.device) -> list[Backend]:
+    """Backends that run on a device, fastest first."""
+    return [Backend.BLOCKED, Backend.REFERENCE]
+
+
+def fastest(device: torch.device) -> Backend:
+    """The backend that `auto` stands for on a device."""
+    return available(device)[0]
