@@ -1,0 +1,1 @@
+"""From event logs to jagged batches: prepare, data set, split, loader."""

@@ -1,0 +1,116 @@
+"""Sequences against a slow, plain construction, and the cleaning rules."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hstu_dist.data.config import Duplicates
+from hstu_dist.data.events import EventTable, Origin
+from hstu_dist.data.sequences import Cleaning, Sequences, build_sequences
+from hstu_dist.errors import UserError
+
+Event = tuple[Any, Any, int]
+
+
+def table_of(events: list[Event]) -> EventTable:
+    users, items, times = zip(*events, strict=True)
+    text = pa.large_string()
+    return EventTable(
+        users=pa.array(users, text if isinstance(users[0], str) else pa.int64()),
+        items=pa.array(items, text if isinstance(items[0], str) else pa.int64()),
+        order_times=np.array(times, dtype=np.int64),
+        seconds=np.array(times, dtype=np.int64) // 1000,
+        actions=np.arange(len(events), dtype=np.int32),
+        origin=Origin(files=("a.csv", "b.csv"), starts=(0, 3)),
+    )
+
+
+def as_dict(sequences: Sequences) -> dict[Any, list[tuple[Any, int, int]]]:
+    """Raw user → (raw item, seconds, number of the event in the log)."""
+    result = {}
+    for u, user in enumerate(sequences.users.to_pylist()):
+        rows = slice(sequences.offsets[u], sequences.offsets[u + 1])
+        items = sequences.items.take(pa.array(sequences.item_ids[rows])).to_pylist()
+        result[user] = list(zip(items, sequences.timestamps[rows], sequences.actions[rows], strict=True))
+    return result
+
+
+def plainly(events: list[Event]) -> dict[Any, list[tuple[Any, int, int]]]:
+    by_user: dict[Any, list[tuple[int, int, Any]]] = defaultdict(list)
+    for row, (user, item, time) in enumerate(events):
+        by_user[user].append((time, row, item))
+    return {u: [(item, time // 1000, row) for time, row, item in sorted(by_user[u])] for u in sorted(by_user)}
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 6), st.integers(0, 3000)), min_size=1, max_size=40))
+def test_sequences_equal_the_plain_construction(events: list[Event]) -> None:
+    sequences = build_sequences(table_of(events), Cleaning())
+    assert as_dict(sequences) == plainly(events)
+    assert list(as_dict(sequences)) == sorted({user for user, _, _ in events})
+    assert sequences.items.to_pylist() == sorted({item for _, item, _ in events})
+
+
+def test_equal_times_keep_the_order_of_the_log() -> None:
+    events = [(1, item, 5000) for item in (9, 3, 7, 1, 8)]
+    assert [item for item, _, _ in as_dict(build_sequences(table_of(events), Cleaning()))[1]] == [9, 3, 7, 1, 8]
+
+
+def test_full_resolution_orders_what_whole_seconds_cannot() -> None:
+    events = [(1, 10, 1900), (1, 20, 1100)]
+    assert as_dict(build_sequences(table_of(events), Cleaning()))[1] == [(20, 1, 1), (10, 1, 0)]
+
+
+def test_text_ids_are_ordered_by_their_utf8() -> None:
+    events = [("zoë", "b", 1), ("ada", "é", 2), ("10", "b", 3), ("9", "a", 4)]
+    sequences = build_sequences(table_of(events), Cleaning())
+    assert sequences.users.to_pylist() == ["10", "9", "ada", "zoë"]
+    assert sequences.items.to_pylist() == ["a", "b", "é"]
+
+
+REPEATED = [(1, 5, 100), (1, 6, 100), (2, 5, 100), (1, 5, 100), (1, 5, 101), (1, 5, 100)]
+
+
+def test_duplicates_are_an_error_that_names_the_first() -> None:
+    with pytest.raises(UserError, match=r"b.csv row 1: user 1, item 5, time 100 is there already \(2 such rows\)") as e:
+        build_sequences(table_of(REPEATED), Cleaning(duplicates=Duplicates.ERROR))
+    assert "data.duplicates=drop" in e.value.remedy
+
+
+def test_duplicates_dropped_or_kept() -> None:
+    dropped = as_dict(build_sequences(table_of(REPEATED), Cleaning(duplicates=Duplicates.DROP)))
+    assert [row for _, _, row in dropped[1]] == [0, 1, 4] and [row for _, _, row in dropped[2]] == [2]
+    kept = as_dict(build_sequences(table_of(REPEATED), Cleaning(duplicates=Duplicates.KEEP)))
+    assert [row for _, _, row in kept[1]] == [0, 1, 3, 5, 4]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    events=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8), st.integers(0, 99)), min_size=1, max_size=60),
+    limits=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+)
+def test_both_limits_hold_and_nothing_more_is_lost(events: list[Event], limits: tuple[int, int]) -> None:
+    left = list(enumerate(events))
+    before = -1
+    while before != len(left):
+        before = len(left)
+        users = Counter(user for _, (user, _, _) in left)
+        left = [(row, e) for row, e in left if users[e[0]] >= limits[0]]
+        items = Counter(item for _, (_, item, _) in left)
+        left = [(row, e) for row, e in left if items[e[1]] >= limits[1]]
+    cleaning = Cleaning(min_user_events=limits[0], min_item_events=limits[1])
+    if not left:
+        with pytest.raises(UserError, match="no event is left"):
+            build_sequences(table_of(events), cleaning)
+        return
+    sequences = build_sequences(table_of(events), cleaning)
+    assert sorted(sequences.actions.tolist()) == [row for row, _ in left]
+    assert np.unique(sequences.item_ids).tolist() == list(range(len(sequences.items)))
+    assert (np.diff(sequences.offsets) >= limits[0]).all()
