@@ -1,0 +1,1 @@
+"""Training objectives over unit vectors: sampled and full softmax."""

@@ -1,0 +1,1 @@
+"""Ranking metrics that add up exactly across ranks."""

@@ -1,0 +1,1 @@
+"""Sequence encoders and the recommender around them."""

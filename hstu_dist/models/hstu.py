@@ -1,0 +1,105 @@
+"""The HSTU layer (eq. 1-3) and the stack of them.
+
+Shapes: T tokens, D model width, H heads, Q query/key head width, V value head width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hstu_dist.models.config import HSTUConfig
+from hstu_dist.models.context import SequenceContext
+from hstu_dist.ops.attention import hstu_attention
+from hstu_dist.ops.bias import NUM_TIME_BUCKETS, RelativeBias
+from hstu_dist.ops.random import dropout
+from hstu_dist.ops.spec import Activation, AttentionSpec, Backend
+
+_EPSILON = 1e-6
+_INIT_STD = 0.02
+
+
+class HSTULayer(nn.Module):
+    """One block: project, attend pointwise, gate, project back, add."""
+
+    def __init__(self, config: HSTUConfig, backend: Backend) -> None:
+        super().__init__()
+        self.heads = config.num_heads
+        self.qk_width = config.qk_width or config.width // config.num_heads
+        self.value_width = config.value_width or config.width // config.num_heads
+        self.concat_ux = config.concat_ux
+        self.dropout = config.dropout
+        self.spec = AttentionSpec(
+            normalizer=config.normalizer,
+            alpha=config.alpha,
+            activation=Activation(config.activation),
+            backend=backend,
+        )
+        D, HV, HQ = config.width, self.heads * self.value_width, self.heads * self.qk_width
+        self.input_norm = nn.LayerNorm(D, eps=_EPSILON, elementwise_affine=config.affine_norm)
+        self.uvqk = nn.Linear(D, 2 * HV + 2 * HQ, bias=config.uvqk_bias)
+        self.output_norm = nn.LayerNorm(HV, eps=_EPSILON, elementwise_affine=config.affine_norm)
+        self.output = nn.Linear(2 * HV + D if config.concat_ux else HV, D)
+        positioned = config.relative_bias != "none"
+        timed = config.relative_bias == "position_time"
+        self.position_weight = nn.Parameter(torch.empty(2 * config.max_length - 1)) if positioned else None
+        self.time_weight = nn.Parameter(torch.empty(NUM_TIME_BUCKETS)) if timed else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Projection and bias tables N(0, 0.02), output Xavier uniform, as in the public code."""
+        nn.init.normal_(self.uvqk.weight, std=_INIT_STD)
+        nn.init.xavier_uniform_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+        for optional in (self.position_weight, self.time_weight):
+            if optional is not None:
+                nn.init.normal_(optional, std=_INIT_STD)
+        if self.uvqk.bias is not None:
+            nn.init.zeros_(self.uvqk.bias)
+
+    def forward(self, x_TD: Tensor, context: SequenceContext, layer: int) -> Tensor:
+        """[T, D] → [T, D]; `layer` tells the random streams of the layers apart."""
+        T, H = x_TD.shape[0], self.heads
+        HV, HQ = H * self.value_width, H * self.qk_width
+        u, v, q, k = F.silu(self.uvqk(self.input_norm(x_TD))).split([HV, HV, HQ, HQ], dim=1)
+        attended_THV = hstu_attention(
+            q.view(T, H, self.qk_width),
+            k.view(T, H, self.qk_width),
+            v.view(T, H, self.value_width),
+            context.layout,
+            self.spec,
+            self._bias(context),
+        )
+        gated = u * self.output_norm(attended_THV.reshape(T, HV))
+        if self.concat_ux:
+            gated = torch.cat([u, x_TD, gated], dim=1)
+        noise = None if context.noise is None else context.noise.stream(layer)
+        projected: Tensor = self.output(dropout(gated, self.dropout, noise))
+        return x_TD + projected
+
+    def _bias(self, context: SequenceContext) -> RelativeBias | None:
+        if self.position_weight is None:
+            return None
+        if self.time_weight is None:
+            return RelativeBias(position_weight=self.position_weight)
+        return RelativeBias(
+            position_weight=self.position_weight,
+            time_weight=self.time_weight,
+            query_times=context.query_times,
+            key_times=context.key_times,
+        )
+
+
+class HSTU(nn.Module):
+    """A stack of HSTU layers."""
+
+    def __init__(self, config: HSTUConfig, backend: Backend) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(HSTULayer(config, backend) for _ in range(config.num_layers))
+
+    def forward(self, x_TD: Tensor, context: SequenceContext) -> Tensor:
+        """[T, D] → [T, D]."""
+        for index, layer in enumerate(self.layers):
+            x_TD = layer(x_TD, context, index)
+        return x_TD

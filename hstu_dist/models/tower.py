@@ -1,0 +1,57 @@
+"""The dense tower: positions added, sequence encoded, output normalised to unit length."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hstu_dist.models.config import HSTUConfig, TransformerConfig
+from hstu_dist.models.context import SequenceContext
+from hstu_dist.models.hstu import HSTU
+from hstu_dist.models.transformer import Transformer
+from hstu_dist.ops import backends
+from hstu_dist.ops.normalize import unit_rows
+from hstu_dist.ops.random import dropout
+from hstu_dist.ops.spec import Backend
+
+_INPUT_STREAM = 1 << 20
+
+
+class Tower(nn.Module):
+    """Everything between the item vectors of a history and the vectors that score the next item."""
+
+    def __init__(self, config: HSTUConfig | TransformerConfig, device: torch.device) -> None:
+        """Builds the tower on `device`; the attention backend is chosen here, once.
+
+        Raises:
+            UserError: the configured backend does not run on this machine.
+        """
+        super().__init__()
+        self.width = config.width
+        self.dropout = config.dropout
+        backend = backends.fastest(device) if config.backend == "auto" else Backend(config.backend)
+        if backend is not Backend.REFERENCE:
+            backends.load(backend)
+        self.position = nn.Embedding(config.max_length, config.width)
+        bound = config.width**-0.5
+        nn.init.trunc_normal_(self.position.weight, std=bound, a=-2 * bound, b=2 * bound)
+        self.encoder: nn.Module
+        if isinstance(config, HSTUConfig):
+            self.encoder = HSTU(config, backend)
+        else:
+            self.encoder = Transformer(config, backend)
+        self.to(device)
+
+    def forward(self, items_TD: Tensor, context: SequenceContext) -> Tensor:
+        """Unit vectors that score the item after each event.
+
+        Args:
+            items_TD: [T, D], table rows of the events.
+            context: layout, times and randomness of the batch.
+
+        Returns:
+            [T, D], rows of length 1.
+        """
+        x = items_TD * self.width**0.5 + self.position(context.positions)
+        x = dropout(x, self.dropout, context.noise and context.noise.stream(_INPUT_STREAM))
+        return unit_rows(self.encoder(x, context))

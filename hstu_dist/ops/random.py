@@ -1,0 +1,110 @@
+"""Stateless random numbers: a function of (seed, step, token, column) and of nothing else.
+
+No generator state exists, so nothing needs saving for an exact resume, and a token draws the same
+numbers whichever rank it lands on: runs at different world sizes stay comparable.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_GOLDEN_64 = 0x9E3779B97F4A7C15
+_GOLDEN_32 = 0x9E3779B1
+_WORD = (1 << 64) - 1
+
+
+def fold(*numbers: int) -> int:
+    """One signed 64-bit key from several integers, order mattering (splitmix64 of each in turn)."""
+    key = 0
+    for number in numbers:
+        key = (key + (number & _WORD) + _GOLDEN_64) & _WORD
+        key = ((key ^ (key >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+        key = ((key ^ (key >> 27)) * 0x94D049BB133111EB) & _WORD
+        key ^= key >> 31
+    return key - (1 << 64) if key >> 63 else key
+
+
+def _signed32(word: int) -> int:
+    return word - (1 << 32) if word >> 31 else word
+
+
+def _mix64(x: Tensor) -> Tensor:
+    """splitmix64's finaliser; int64 products wrap as wanted, shifts are made logical by a mask."""
+    x = x ^ ((x >> 30) & ((1 << 34) - 1))
+    x = x * (0xBF58476D1CE4E5B9 - (1 << 64))
+    x = x ^ ((x >> 27) & ((1 << 37) - 1))
+    x = x * (0x94D049BB133111EB - (1 << 64))
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def _mix32_(x: Tensor) -> Tensor:
+    """A 32-bit integer hash in place (two multiplications, bias below 0.2 bits)."""
+    x ^= (x >> 16) & 0xFFFF
+    x *= 0x7FEB352D
+    x ^= (x >> 15) & 0x1FFFF
+    x *= _signed32(0x846CA68B)
+    x ^= (x >> 16) & 0xFFFF
+    return x
+
+
+@dataclass(frozen=True)
+class TokenNoise:
+    """The random numbers of one training step.
+
+    Attributes:
+        key: `fold(seed, step, ...)`, equal on all ranks.
+        tokens: [T] int64, world-size-independent identity of each token.
+    """
+
+    key: int
+    tokens: Tensor
+
+    def stream(self, name: int) -> TokenNoise:
+        """Independent numbers for another use in the same step."""
+        return TokenNoise(fold(self.key, name), self.tokens)
+
+    def words(self, count: int) -> Tensor:
+        """[T, count] int32, all 2^32 values equally likely."""
+        rows = _mix64(self.tokens + self.key).to(torch.int32)
+        steps = torch.arange(1, count + 1, device=self.tokens.device).mul_(_GOLDEN_32).to(torch.int32)
+        return _mix32_(rows[:, None] + steps[None, :])
+
+    def integers(self, count: int, high: int) -> Tensor:
+        """[T, count] int64 uniform in [0, high); the bias is below high / 2^31, or 2^-30 for large `high`.
+
+        Raises:
+            ValueError: `high` is not in [1, 2^61].
+        """
+        if not 1 <= high <= 1 << 61:
+            raise ValueError(f"high: got {high}, expected 1 <= high <= 2^61")
+        low = self.words(count).to(torch.int64).bitwise_and_(0x7FFFFFFF)
+        if high <= 1 << 20:
+            return low.mul_(high) >> 31
+        upper = self.stream(1).words(count).to(torch.int64).bitwise_and_(0x7FFFFFFF)
+        return ((upper << 31) | low) % high
+
+    def truncated_normal(self, count: int) -> Tensor:
+        """[T, count] float32, standard normal cut at two standard deviations (by inverting its CDF)."""
+        # CDF of the normal at -2 and the mass between -2 and 2
+        low, mass = 0.022750131948179195, 0.9544997361036416
+        uniform = (self.words(count).to(torch.float64) + (2**31 + 0.5)) / 2**32
+        quantiles: Tensor = torch.special.ndtri(uniform.mul_(mass).add_(low))
+        return quantiles.to(torch.float32)
+
+
+def dropout(x_TD: Tensor, rate: float, noise: TokenNoise | None) -> Tensor:
+    """Zeroes each element with probability `rate` and scales the rest by 1 / (1 - rate).
+
+    Args:
+        x_TD: [T, D] floating.
+        rate: in [0, 1).
+        noise: the step's random numbers; None (evaluation) leaves x as it is.
+    """
+    if noise is None or rate == 0.0:
+        return x_TD
+    threshold = int(rate * 2**32) - (1 << 31)
+    keep = noise.words(x_TD.shape[1]) >= threshold
+    return x_TD * keep.to(x_TD.dtype).mul_(1.0 / (1.0 - rate))
