@@ -1,0 +1,125 @@
+"""The command line: `python -m hstu_dist COMMAND [key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hstu_dist import __version__
+from hstu_dist.config import RunConfig, compose, compose_dict, conf_dir, load
+from hstu_dist.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code: 0 for success, 2 for bad input."""
+    options = _parser().parse_args(arguments)
+    rank = int(os.environ.get("RANK", "0"))
+    _quiet_libraries(rank)
+    command: Callable[[argparse.Namespace], None] = options.run
+    try:
+        command(options)
+    except UserError as error:
+        if options.debug:
+            raise
+        _report(error, rank)
+        return 2
+    return 0
+
+
+def _quiet_libraries(rank: int) -> None:
+    """Our own progress on rank 0; of the libraries only what goes wrong."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("hstu_dist").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    # fx warns whenever TorchRec asks it whether it is tracing
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    # TorchRec hands out ShardedTensor, which torch wants replaced by DTensor
+    warnings.filterwarnings("ignore", message="Please use DTensor", category=FutureWarning)
+
+
+def _report(error: UserError, rank: int) -> None:
+    who = f" (rank {rank})" if "RANK" in os.environ else ""
+    sys.stderr.write(f"error{who}: {error.problem}\n")
+    if error.remedy:
+        sys.stderr.write(f"  mend: {error.remedy}\n")
+    sys.stderr.flush()
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m hstu_dist", description="Trains HSTU generative recommenders.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, summary, function in (
+        ("prepare", "fetch or read events and write them as sequences", _prepare),
+        ("train", "train a run, or continue it", _train),
+        ("evaluate", "rank the whole corpus with a run's best checkpoint", _evaluate),
+    ):
+        command = commands.add_parser(
+            name, help=summary, description=summary, epilog=_keys(name), formatter_class=argparse.RawTextHelpFormatter
+        )
+        command.set_defaults(run=function)
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="settings, in Hydra's override syntax")
+        command.add_argument("--debug", action="store_true", help="show the stack trace of an error")
+        if name != "prepare":
+            command.add_argument("--config", type=Path, help="a resolved config.yaml instead of overrides")
+        if name == "evaluate":
+            command.add_argument("--split", choices=("validation", "test"), default="test", help="default: test")
+    return parser
+
+
+def _keys(command: str) -> str:
+    """The groups that a command's overrides choose from, read from the YAML files."""
+    wanted = ["data"] if command == "prepare" else None
+    lines = ["groups (GROUP=OPTION), whose keys are set as GROUP.KEY=VALUE:"]
+    for group in sorted(p for p in conf_dir().iterdir() if p.is_dir()):
+        if wanted is None or group.name in wanted:
+            options = " | ".join(sorted(file.stem for file in group.glob("*.yaml")))
+            lines.append(f"  {group.name:<11} {options}")
+    return "\n".join([*lines, f"keys and their meaning: {conf_dir()}"])
+
+
+def _run_config(options: argparse.Namespace) -> RunConfig:
+    if options.config is None:
+        return compose(options.overrides)
+    if options.overrides:
+        raise UserError(
+            f"--config and {options.overrides[0]}: a resolved configuration takes no overrides", "give one of the two"
+        )
+    return load(options.config)
+
+
+# torch takes seconds to import: commands that do not need it, and --help, stay without it
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from hstu_dist.commands.prepare import prepare_data
+
+    prepare_data(compose_dict("prepare", options.overrides), _say)
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = _run_config(options)
+    from hstu_dist.commands.train import train
+
+    train(config, _say)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    config = _run_config(options)
+    from hstu_dist.commands.evaluate import evaluate_run
+    from hstu_dist.data.split import Split
+
+    evaluate_run(config, Split(options.split), _say)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Saving and restoring a run: atomic, complete, newest whole checkpoint wins."""

@@ -1,0 +1,1 @@
+"""The commands of `python -m hstu_dist`, one file each."""

@@ -1,0 +1,41 @@
+"""`evaluate`: metrics of a run's best checkpoint on a split, without training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hstu_dist.checkpoint.manager import CheckpointManager
+from hstu_dist.commands.session import Session
+from hstu_dist.config import RunConfig
+from hstu_dist.data.split import Split
+from hstu_dist.distributed.process_group import process_group, set_threads
+from hstu_dist.errors import UserError
+from hstu_dist.preflight import preflight
+from hstu_dist.run_folder import RunFolder
+from hstu_dist.train.state import TrainState
+
+
+def evaluate_run(config: RunConfig, split: Split, say: Callable[[str], None]) -> None:
+    """Loads the best checkpoint of a run, or the newest if none was validated, and prints its metrics.
+
+    Raises:
+        UserError: the run has no checkpoint.
+    """
+    with process_group(config.trainer.device, config.trainer.timeout_seconds) as world:
+        preflight(config, world.size)
+        set_threads(config.trainer.threads, world)
+        checkpoints = CheckpointManager(RunFolder(config.run_dir).checkpoints, config.trainer.checkpoint.keep)
+        steps = checkpoints.steps()
+        if not steps:
+            raise UserError(f"run {config.run_dir}: got no checkpoint", "train it first with the same settings")
+        session = Session.build(config, world)
+        state = TrainState()
+        state.load_state_dict(checkpoints.load(steps[-1], session.tensors()))
+        if state.best_step in steps:
+            checkpoints.load(state.best_step, session.tensors())
+        values = session.evaluate(split)
+        if world.is_main:
+            step = state.best_step if state.best_step in steps else state.step
+            say(f"run {config.run_dir}, step {step}, {split} split:")
+            for name, value in values.items():
+                say(f"{name:>10} {value:.4f}")

@@ -1,0 +1,79 @@
+"""A run assembled on one rank: data, model, optimizers, and the tensors that a checkpoint holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hstu_dist.config import RunConfig
+from hstu_dist.data.config import LoaderConfig
+from hstu_dist.data.dataset import SequenceDataset
+from hstu_dist.data.loader import BatchLoader, Shard, popularity
+from hstu_dist.data.split import Split
+from hstu_dist.distributed.process_group import World
+from hstu_dist.distributed.recommender import Recommender
+from hstu_dist.errors import UserError
+from hstu_dist.train.evaluate import evaluate, evaluate_popularity
+from hstu_dist.train.optimizer import Optimizers
+
+
+@dataclass(frozen=True)
+class Session:
+    """What training and evaluation share."""
+
+    config: RunConfig
+    world: World
+    dataset: SequenceDataset
+    recommender: Recommender
+    optimizers: Optimizers
+
+    @classmethod
+    def build(cls, config: RunConfig, world: World) -> Session:
+        """Opens the data and builds the model, the same at any world size for a seed."""
+        dataset = SequenceDataset.open(config.data.path)
+        recommender = Recommender(dataset.num_items, config.model, config.embedding, world.device, config.seed)
+        optimizers = Optimizers(
+            recommender.tower,
+            recommender.table.fused_optimizer,
+            config.embedding.optimizer.learning_rate,
+            config.optimizer,
+        )
+        return cls(config, world, dataset, recommender, optimizers)
+
+    def loader(self, split: Split) -> BatchLoader:
+        """This rank's batches of a split: shuffled for training, in order for evaluation."""
+        training = split in (Split.TRAIN, Split.TRAIN_VALIDATION)
+        trainer = self.config.trainer
+        settings = LoaderConfig(
+            split=split,
+            global_batch_size=trainer.global_batch_size if training else trainer.evaluation.batch_size,
+            max_length=self.config.data.max_length,
+            seed=self.config.seed,
+            shuffle=training,
+        )
+        loader = BatchLoader(self.dataset, settings, Shard(rank=self.world.rank, world_size=self.world.size))
+        if len(loader) == 0:
+            raise UserError(
+                f"data set {self.config.data.path}: no sequence is long enough for the {split} split",
+                "leave-one-out needs users with at least 4 events; lower data.min_user_events cannot help",
+            )
+        return loader
+
+    def evaluate(self, split: Split) -> dict[str, float]:
+        """Metrics of the current weights on a split."""
+        return evaluate(self.recommender, self.loader(split).epoch(0), self.config.trainer.evaluation.cutoffs)
+
+    def evaluate_popularity(self, split: Split) -> dict[str, float]:
+        """Metrics of the popularity baseline on a split."""
+        counts = popularity(self.dataset, Split.TRAIN).to(self.world.device)
+        return evaluate_popularity(counts, self.loader(split).epoch(0), self.config.trainer.evaluation.cutoffs)
+
+    def tensors(self) -> dict[str, Any]:
+        """Every tensor of the run, plain or sharded, under one flat name each; views, not copies."""
+        recommender, optimizers = self.recommender, self.optimizers
+        flat: dict[str, Any] = {f"tower.{name}": value for name, value in recommender.tower.state_dict().items()}
+        flat |= {f"table.{name}": value for name, value in recommender.table.sharded.state_dict().items()}
+        flat |= {f"optimizer.{name}": value for name, value in optimizers.state_tensors().items()}
+        for weight, state in recommender.table.fused_optimizer.state_dict()["state"].items():
+            flat |= {f"table_optimizer.{weight}.{name}": value for name, value in state.items()}
+        return flat

@@ -1,0 +1,135 @@
+"""`train`: one rank of a run, from settings to the result table."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from hstu_dist.checkpoint.manager import CheckpointManager
+from hstu_dist.commands.result_table import result_table
+from hstu_dist.commands.session import Session
+from hstu_dist.config import RunConfig, to_dict
+from hstu_dist.data.split import Split
+from hstu_dist.distributed.process_group import process_group, set_threads
+from hstu_dist.preflight import preflight
+from hstu_dist.run_folder import RunFolder
+from hstu_dist.train.hooks import CheckpointHook, EvaluateHook, LogHook, ProfileHook
+from hstu_dist.train.metrics_log import MetricsLog
+from hstu_dist.train.state import TrainState
+from hstu_dist.train.step import TrainStep
+from hstu_dist.train.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: RunConfig, say: Callable[[str], None]) -> None:
+    """Trains or continues a run, then tests its best epoch. Every rank calls it.
+
+    Args:
+        config: the run.
+        say: prints a line for the user; called on rank 0 only.
+
+    Raises:
+        UserError: the run cannot start or go on.
+    """
+    with process_group(config.trainer.device, config.trainer.timeout_seconds) as world:
+        preflight(config, world.size)
+        folder = RunFolder(config.run_dir)
+        set_threads(config.trainer.threads, world)
+        session = Session.build(config, world)
+        checkpoints = CheckpointManager(folder.checkpoints, config.trainer.checkpoint.keep)
+        state = restore(session, checkpoints)
+        finished = folder.result() is not None and (state.stopped_early or state.epoch >= config.trainer.epochs)
+        if world.is_main:
+            _announce(session, state, finished, say)
+            folder.describe(config)
+        if not finished and not _fit(session, checkpoints, state, folder):
+            if world.is_main:
+                say(f"stopped at step {state.step}; the same command continues")
+            return
+        result = folder.result() if finished else _test(session, checkpoints, state)
+        if world.is_main and result is not None:
+            folder.finish(result)
+            say(result_table(config, result))
+
+
+def restore(session: Session, checkpoints: CheckpointManager) -> TrainState:
+    """State of the newest checkpoint, its tensors loaded; a fresh state where there is none."""
+    state = TrainState()
+    steps = checkpoints.steps()
+    if steps:
+        state.load_state_dict(checkpoints.load(steps[-1], session.tensors()))
+    return state
+
+
+def _announce(session: Session, state: TrainState, finished: bool, say: Callable[[str], None]) -> None:
+    config, manifest = session.config, session.dataset.manifest
+    say(
+        f"run {config.run_dir}: {manifest.name}, {manifest.num_users} users, {manifest.num_items} items, "
+        f"{manifest.num_events} events, {session.world.size} ranks"
+    )
+    say(session.recommender.table.describe())
+    if finished:
+        say(f"already finished at epoch {state.epoch}, step {state.step}")
+    elif state.step:
+        say(f"continuing at epoch {state.epoch}, step {state.step}")
+
+
+def _fit(session: Session, checkpoints: CheckpointManager, state: TrainState, folder: RunFolder) -> bool:
+    """Trains to the end; False if somebody asked to stop."""
+    config, world = session.config, session.world
+    step = TrainStep(session.recommender, config.loss, session.optimizers, world, config.seed)
+    with contextlib.ExitStack() as stack:
+        stop_requested = stack.enter_context(stop_signals())
+        log = None
+        if world.is_main:
+            log = stack.enter_context(MetricsLog(folder.path, config.trainer.logging, to_dict(config), state.step))
+        trainer = Trainer(
+            step=step,
+            loader=session.loader(Split.TRAIN),
+            state=state,
+            epochs=config.trainer.epochs,
+            world=world,
+            hooks=[
+                LogHook(config.trainer.logging, log),
+                ProfileHook(config.trainer.profile, folder.path),
+                EvaluateHook(config.trainer.evaluation, lambda: session.evaluate(Split.VALIDATION), log),
+                CheckpointHook(config.trainer.checkpoint, checkpoints, session.tensors),
+            ],
+            stop_requested=stop_requested,
+        )
+        trainer.fit()
+    return not trainer.interrupted
+
+
+def _test(session: Session, checkpoints: CheckpointManager, state: TrainState) -> dict[str, Any]:
+    """Test metrics of the best validated epoch, read once, and of popularity beside it."""
+    checkpoints.load(state.best_step, session.tensors())
+    return {
+        "epochs": state.epoch,
+        "steps": state.step,
+        "best_epoch": state.best_epoch,
+        "validation": {session.config.trainer.evaluation.monitor: state.best_value},
+        "test": session.evaluate(Split.TEST),
+        "popularity": session.evaluate_popularity(Split.TEST),
+        "world_size": session.world.size,
+    }
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turns SIGTERM and SIGINT into a question that the loop asks before each step."""
+    received: list[int] = []
+
+    def remember(number: int, _frame: Any) -> None:
+        received.append(number)
+
+    previous = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,191 @@
+"""RunConfig: one run, composed by Hydra from conf/ and checked before any process starts.
+
+Nothing below this file knows Hydra or OmegaConf; nothing here imports torch, so that a login node can
+compose and check a run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from hstu_dist.data.config import DataConfig
+from hstu_dist.distributed.config import EmbeddingConfig
+from hstu_dist.errors import UserError
+from hstu_dist.losses.config import LossConfig
+from hstu_dist.models.config import ModelConfig
+from hstu_dist.train.config import OptimizerConfig, TrainerConfig
+from hstu_dist.validation import STRICT, as_user_error
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ClusterConfig:
+    """Where the ranks run.
+
+    Attributes:
+        kind: local starts all ranks on this machine.
+        memory_per_rank_gib: host memory that a rank may use; null: this machine's memory divided by nproc.
+        max_restarts: how often torchrun starts all ranks again after a failure.
+    """
+
+    kind: str = Field(default="local", pattern="^local$")
+    memory_per_rank_gib: float | None = Field(default=None, gt=0)
+    max_restarts: int = Field(default=0, ge=0)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RunConfig:
+    """Everything about one run.
+
+    Attributes:
+        name: names the run folder `output`/`name`.
+        output: folder of all runs.
+        seed: of initialisation, shuffling, dropout and negatives.
+        nproc: ranks.
+        data, model, loss, embedding, optimizer, trainer, cluster: the parts, each described in its own class.
+        published: figures of a paper to print beside the result, metric → value.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    output: str = "runs"
+    seed: int = Field(default=1, ge=0)
+    nproc: int = Field(default=2, gt=0)
+    data: DataConfig
+    model: ModelConfig
+    loss: LossConfig
+    embedding: EmbeddingConfig
+    optimizer: OptimizerConfig
+    trainer: TrainerConfig
+    cluster: ClusterConfig
+    published: dict[str, float] = Field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.model.max_length < self.data.max_length:
+            raise ValueError(
+                f"model.max_length: got {self.model.max_length}, "
+                f"expected at least data.max_length ({self.data.max_length})"
+            )
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder that holds everything this run writes."""
+        return Path(self.output) / self.name
+
+
+def conf_dir() -> Path:
+    """The folder of YAML groups: conf/ of the checkout, or its copy inside an installed wheel."""
+    package = Path(__file__).resolve().parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def compose(overrides: Sequence[str]) -> RunConfig:
+    """A run from conf/train.yaml and Hydra overrides such as `experiment=ml1m trainer.epochs=3`.
+
+    Raises:
+        UserError: an unknown group, option or key, or a value that a check refuses.
+    """
+    return from_dict(compose_dict("train", overrides))
+
+
+def compose_dict(primary: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Plain dictionary of conf/`primary`.yaml with overrides applied and interpolations resolved.
+
+    Raises:
+        UserError: Hydra cannot compose it.
+    """
+    try:
+        with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
+            composed = hydra_compose(primary, overrides=list(overrides))
+        resolved = OmegaConf.to_container(composed, resolve=True)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        unknown = re.match(r"Could not override '(.+)'", str(error))
+        problem = f"{unknown[1]}: no such key" if unknown else _first_line(error)
+        raise UserError(f"configuration: {problem}", f"the groups and their keys are in {conf_dir()}") from error
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def from_dict(values: dict[str, Any], source: str = "configuration") -> RunConfig:
+    """A checked run from plain values.
+
+    Raises:
+        UserError: names the field, what was got and what was expected.
+    """
+    try:
+        return TypeAdapter(RunConfig).validate_python(values)
+    except ValidationError as error:
+        raise as_user_error(error, source, values) from error
+
+
+def load(path: Path) -> RunConfig:
+    """A run from a resolved YAML file, as `save` wrote it.
+
+    Raises:
+        UserError: the file is missing, no YAML, or fails a check.
+    """
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except Exception as error:  # yaml has several unrelated error types
+        raise UserError(
+            f"configuration file {path}: {_first_line(error)}", "give the resolved YAML of a run folder"
+        ) from error
+    if not isinstance(values, dict):
+        raise UserError(f"configuration file {path}: got no mapping", "give the resolved YAML of a run folder")
+    return from_dict({str(k): v for k, v in values.items()}, source=str(path))
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Plain values of a run: strings, numbers, lists, dictionaries."""
+    values: dict[str, Any] = TypeAdapter(RunConfig).dump_python(config, mode="json")
+    return values
+
+
+def save(config: RunConfig, path: Path) -> None:
+    """Writes the resolved YAML, atomically."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
+    temporary.replace(path)
+
+
+_MAY_CHANGE = ("nproc", "cluster", "published", "output", "trainer.epochs", "trainer.threads", "trainer.device")
+_MAY_CHANGE_GROUPS = ("trainer.logging", "trainer.checkpoint", "trainer.profile", "trainer.timeout_seconds")
+
+
+def difference(old: RunConfig, new: RunConfig) -> list[str]:
+    """Keys that changed so that `new` cannot continue `old`, each as `key: old -> new`.
+
+    World size, number of epochs, logging and checkpoint settings may change between runs.
+    """
+    before, after = _flatten(to_dict(old)), _flatten(to_dict(new))
+    changed = []
+    for key in sorted(before.keys() | after.keys()):
+        exempt = any(key == free or key.startswith(f"{free}.") for free in (*_MAY_CHANGE, *_MAY_CHANGE_GROUPS))
+        if not exempt and before.get(key) != after.get(key):
+            changed.append(f"{key}: {before.get(key)} -> {after.get(key)}")
+    return changed
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

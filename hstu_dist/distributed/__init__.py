@@ -1,0 +1,1 @@
+"""Process groups, sharding plans and the wrapping of a model for many ranks."""

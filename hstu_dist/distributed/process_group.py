@@ -1,0 +1,86 @@
+"""The process group of a run: one rank or many, started by torchrun or alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from hstu_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others.
+
+    Attributes:
+        rank: 0 to size - 1.
+        size: number of ranks.
+        local_size: ranks on this machine.
+        device: where this rank computes.
+    """
+
+    rank: int
+    size: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.rank == 0
+
+
+@contextmanager
+def process_group(device_name: str, timeout_seconds: float) -> Iterator[World]:
+    """Joins the ranks that torchrun started, or forms a group of one; leaves it at the end.
+
+    Args:
+        device_name: cpu, cuda or auto (CUDA where there is one).
+        timeout_seconds: how long a collective waits for the other ranks.
+
+    Raises:
+        UserError: CUDA was asked for and is not there.
+    """
+    device = _device(device_name)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    try:
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        yield World(dist.get_rank(), dist.get_world_size(), local_size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("trainer.device: got cuda, but this machine has no usable CUDA device", "use device=cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def set_threads(threads: int | None, world: World) -> int:
+    """Gives this rank its share of the machine's cores; returns the number of threads."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = threads or max(1, available // world.local_size)
+    torch.set_num_threads(count)
+    return count
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Sum of a small tensor over all ranks, on every rank."""
+    total = values.clone()
+    dist.all_reduce(total)
+    return total

@@ -1,0 +1,66 @@
+"""The recommender on one rank: a sharded item table and a data-parallel tower."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hstu_dist.batch import JaggedBatch
+from hstu_dist.distributed.config import EmbeddingConfig
+from hstu_dist.distributed.tables import ItemTable, TableShape
+from hstu_dist.models.config import HSTUConfig, TransformerConfig
+from hstu_dist.models.context import sequence_context
+from hstu_dist.models.tower import Tower
+
+_CORPUS_CHUNK = 1 << 16
+
+
+class Recommender(nn.Module):
+    """Item table and tower. All ranks call every method together."""
+
+    def __init__(
+        self,
+        num_items: int,
+        model: HSTUConfig | TransformerConfig,
+        embedding: EmbeddingConfig,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.num_items = num_items
+        self.max_length = model.max_length
+        self.table = ItemTable(TableShape(num_items, model.width), embedding, device, seed)
+        torch.manual_seed(seed)
+        self.tower = Tower(model, device)
+        self._parallel: nn.Module = self.tower
+        if dist.get_world_size() > 1:
+            self._parallel = DistributedDataParallel(self.tower, gradient_as_bucket_view=True)
+
+    def encode(self, items_TD: Tensor, batch: JaggedBatch, noise_key: int) -> Tensor:
+        """Unit vectors [T, D] that score the item after each event; the backward averages over ranks.
+
+        Args:
+            items_TD: [T, D], table rows of the batch's events.
+            batch: the batch.
+            noise_key: key of the step's random numbers.
+        """
+        vectors: Tensor = self._parallel(items_TD, sequence_context(batch, self.max_length, noise_key))
+        return vectors
+
+    @torch.no_grad()
+    def encode_local(self, items_TD: Tensor, batch: JaggedBatch) -> Tensor:
+        """As `encode` in evaluation, without any communication: ranks may call it any number of times."""
+        vectors: Tensor = self.tower(items_TD, sequence_context(batch, self.max_length, noise_key=None))
+        return vectors
+
+    @torch.no_grad()
+    def corpus(self) -> Tensor:
+        """Rows [num_items, D] of the whole table, not normalised, on every rank."""
+        device = next(self.tower.parameters()).device
+        parts = []
+        for start in range(0, self.num_items, _CORPUS_CHUNK):
+            stop = min(start + _CORPUS_CHUNK, self.num_items)
+            parts.append(self.table(torch.arange(start, stop, device=device)))
+        return torch.cat(parts)

@@ -1,0 +1,140 @@
+"""The folder of one run: its settings, environment, checkpoints, metrics and result; no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hstu_dist.config import RunConfig, difference, load, save
+from hstu_dist.errors import UserError
+
+_PACKAGES = (
+    "hstu-dist",
+    "torch",
+    "torchrec",
+    "fbgemm-gpu",
+    "fbgemm-gpu-cpu",
+    "triton",
+    "hydra-core",
+    "numpy",
+    "pyarrow",
+)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run and what is written there once.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        """Resolved settings that the run was started with."""
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def result_file(self) -> Path:
+        """Metrics of a finished run."""
+        return self.path / "result.json"
+
+    def check(self, config: RunConfig, needed_bytes: int) -> None:
+        """Whether this folder can take the run or continue it; changes nothing but creating the folder.
+
+        Args:
+            config: the run.
+            needed_bytes: disk space that its checkpoints will take.
+
+        Raises:
+            UserError: not writable, too little space, or it holds a run with other settings.
+        """
+        probe = self.path / f".probe-{os.getpid()}"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe.write_text("probe")
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"run folder {self.path}: cannot be written ({error.strerror})", "set output=FOLDER to a writable one"
+            ) from error
+        free = shutil.disk_usage(self.path).free
+        if free < needed_bytes:
+            raise UserError(
+                f"run folder {self.path}: {free / 2**20:.0f} MiB free, {needed_bytes / 2**20:.0f} MiB needed",
+                "free some space or set output=FOLDER to another disk",
+            )
+        if self.config_file.exists():
+            changed = difference(load(self.config_file), config)
+            if changed:
+                raise UserError(
+                    f"run folder {self.path}: holds a run with other settings ({'; '.join(changed[:3])})",
+                    "set name=NAME for a new run, or remove the folder",
+                )
+
+    def describe(self, config: RunConfig) -> None:
+        """Writes the resolved settings and the environment (git commit, versions, machine)."""
+        save(config, self.config_file)
+        self._write_json(self.path / "environment.json", environment())
+
+    def result(self) -> dict[str, Any] | None:
+        """What `finish` wrote, or None for a run that has not finished."""
+        if not self.result_file.exists():
+            return None
+        values: dict[str, Any] = json.loads(self.result_file.read_text())
+        return values
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Marks the run as finished."""
+        self._write_json(self.result_file, result)
+
+    def _write_json(self, path: Path, values: dict[str, Any]) -> None:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(values, indent=1))
+        temporary.replace(path)
+
+
+def environment() -> dict[str, Any]:
+    """Git commit, versions and machine, for the record."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": git_commit(),
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "cpus": os.cpu_count(),
+        "command": sys.argv,
+        "versions": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def git_commit() -> str:
+    """Commit of the checkout, with `-dirty` for local changes; `unknown` for an installed wheel."""
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"

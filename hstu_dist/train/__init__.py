@@ -1,0 +1,1 @@
+"""The training loop, its hooks, optimizers and evaluation."""

@@ -1,0 +1,145 @@
+"""Settings of the loop, its optimizer, evaluation, checkpoints and logs; importable without torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from hstu_dist.validation import STRICT
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ScheduleConfig:
+    """Learning-rate factor over the run, for the dense part and the tables alike.
+
+    Attributes:
+        kind: shape after the warm-up; cosine and linear end at `final_factor`.
+        warmup_steps: steps over which the factor rises linearly from 0 to 1.
+        final_factor: factor at the last step of the run.
+    """
+
+    kind: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: int = Field(default=0, ge=0)
+    final_factor: float = Field(default=0.0, ge=0, le=1)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class OptimizerConfig:
+    """AdamW of the dense part.
+
+    Attributes:
+        learning_rate: step size.
+        betas: decay of the first and second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled decay.
+        clip_norm: largest global gradient norm of the dense part; null: no clipping. Table gradients are
+            consumed inside the backward and are not clipped.
+        schedule: learning-rate factor over the run.
+    """
+
+    learning_rate: float = Field(default=1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_norm: float | None = Field(default=None, gt=0)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+
+    def __post_init__(self) -> None:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: got {self.betas}, expected two numbers in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EvaluationConfig:
+    """Ranking against the whole corpus.
+
+    Attributes:
+        every_epochs: validation runs after every so many epochs.
+        batch_size: users of one evaluation batch, over all ranks.
+        cutoffs: K of HR@K and NDCG@K.
+        monitor: validation metric that picks the best epoch; larger is better.
+        patience: stop after so many validations without a better `monitor`; null: never.
+    """
+
+    every_epochs: int = Field(default=1, gt=0)
+    batch_size: int = Field(default=512, gt=0)
+    cutoffs: tuple[int, ...] = (1, 10, 50, 100, 200)
+    monitor: str = "ndcg@10"
+    patience: int | None = Field(default=None, gt=0)
+
+    def __post_init__(self) -> None:
+        if not self.cutoffs or any(k < 1 for k in self.cutoffs):
+            raise ValueError(f"cutoffs: got {self.cutoffs}, expected integers >= 1")
+        known = ["mrr", *(f"{m}@{k}" for m in ("hr", "ndcg") for k in self.cutoffs)]
+        if self.monitor not in known:
+            raise ValueError(f"monitor: got {self.monitor}, expected one of {', '.join(known)}")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CheckpointConfig:
+    """When checkpoints are written and how many stay.
+
+    Attributes:
+        every_steps: write after every so many steps, besides the end of each epoch; null: epochs only.
+        keep: newest checkpoints that stay; the best one always stays.
+    """
+
+    every_steps: int | None = Field(default=None, gt=0)
+    keep: int = Field(default=2, ge=1)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LoggingConfig:
+    """Where metrics go, besides metrics.jsonl in the run folder.
+
+    Attributes:
+        every_steps: a line of training metrics after every so many steps.
+        progress: progress bar on rank 0.
+        tensorboard: write TensorBoard event files into the run folder.
+        wandb: Weights & Biases; offline writes into the run folder.
+        wandb_project: project name there.
+    """
+
+    every_steps: int = Field(default=10, gt=0)
+    progress: bool = True
+    tensorboard: bool = True
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    wandb_project: str = "hstu_dist"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ProfileConfig:
+    """Trace of a few steps for Chrome's or Perfetto's viewer.
+
+    Attributes:
+        first_step: first traced step of the process; null: no trace.
+        num_steps: how many steps are traced.
+    """
+
+    first_step: int | None = Field(default=None, ge=0)
+    num_steps: int = Field(default=3, gt=0)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrainerConfig:
+    """The loop.
+
+    Attributes:
+        epochs: passes over the data.
+        global_batch_size: sequences of one step, over all ranks.
+        device: auto takes CUDA where there is one.
+        threads: CPU threads of a rank; null: the machine's cores divided by its ranks.
+        timeout_seconds: how long a rank waits for the others before it fails.
+    """
+
+    epochs: int = Field(default=101, gt=0)
+    global_batch_size: int = Field(default=128, gt=0)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(default=None, gt=0)
+    timeout_seconds: float = Field(default=600.0, gt=0)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    profile: ProfileConfig = Field(default_factory=ProfileConfig)

@@ -1,0 +1,66 @@
+"""Whole-corpus evaluation of a recommender, and of popularity beside it, exact across ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from hstu_dist.batch import JaggedBatch
+from hstu_dist.distributed.process_group import sum_over_ranks
+from hstu_dist.distributed.recommender import Recommender
+from hstu_dist.metrics.ranking import RankingMetrics, ranks_of_targets
+from hstu_dist.ops.jagged import last_rows
+from hstu_dist.ops.normalize import unit_rows
+
+
+@torch.no_grad()
+def evaluate(recommender: Recommender, batches: Iterable[JaggedBatch], cutoffs: tuple[int, ...]) -> dict[str, float]:
+    """Metrics of the item that follows each sequence of all ranks' batches.
+
+    Args:
+        recommender: what is evaluated; its mode does not matter, no random numbers are given.
+        batches: this rank's share; every user is on exactly one rank. Shares may differ in length.
+        cutoffs: K of HR@K and NDCG@K.
+
+    Returns:
+        Means over all users, equal on every rank.
+    """
+    corpus_VD = recommender.corpus()
+    items_VD = unit_rows(corpus_VD)
+    device = items_VD.device
+    metrics = RankingMetrics.empty(cutoffs, device)
+    for host_batch in batches:
+        batch = host_batch.to(device)
+        if batch.num_sequences == 0:
+            continue
+        # rows come from the gathered corpus: no collective, so ranks may have different numbers of batches
+        vectors_TD = recommender.encode_local(corpus_VD[batch.item_ids], batch)
+        metrics += _ranked(vectors_TD[last_rows(batch.offsets)], items_VD, batch, cutoffs)
+    return RankingMetrics(metrics.cutoffs, sum_over_ranks(metrics.sums)).values()
+
+
+@torch.no_grad()
+def evaluate_popularity(counts_V: Tensor, batches: Iterable[JaggedBatch], cutoffs: tuple[int, ...]) -> dict[str, float]:
+    """Metrics of ranking all items by how often they occur in training, for every user alike.
+
+    Args:
+        counts_V: [num_items] int64.
+        batches: this rank's share.
+        cutoffs: K of HR@K and NDCG@K.
+    """
+    # one feature: a user's vector is 1, an item's its count
+    items_V1 = counts_V.to(torch.float64)[:, None]
+    metrics = RankingMetrics.empty(cutoffs, counts_V.device)
+    for host_batch in batches:
+        batch = host_batch.to(counts_V.device)
+        if batch.num_sequences:
+            metrics += _ranked(items_V1.new_ones(batch.num_sequences, 1), items_V1, batch, cutoffs)
+    return RankingMetrics(metrics.cutoffs, sum_over_ranks(metrics.sums)).values()
+
+
+def _ranked(users_BD: Tensor, items_VD: Tensor, batch: JaggedBatch, cutoffs: tuple[int, ...]) -> RankingMetrics:
+    target = batch.target_ids[last_rows(batch.offsets)]
+    ranks = ranks_of_targets(users_BD, items_VD, target, (batch.item_ids, batch.offsets))
+    return RankingMetrics.of_ranks(ranks, cutoffs)

@@ -1,0 +1,200 @@
+"""What happens periodically: logging, validation with early stopping, checkpoints, a profile."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+from hstu_dist.checkpoint.manager import CheckpointManager
+from hstu_dist.distributed.process_group import sum_over_ranks
+from hstu_dist.train.config import CheckpointConfig, EvaluationConfig, LoggingConfig, ProfileConfig
+from hstu_dist.train.metrics_log import MetricsLog
+from hstu_dist.train.step import StepResult
+from hstu_dist.train.trainer import Hook, Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size that this process ever had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # kibibytes on Linux, bytes on macOS
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class LogHook(Hook):
+    """Loss, throughput and memory every few steps; a progress bar on rank 0."""
+
+    def __init__(self, config: LoggingConfig, log: MetricsLog | None) -> None:
+        self.config = config
+        self.log = log
+        self._loss_sum = 0.0
+        self._tokens = 0
+        self._steps = 0
+        self._since = 0.0
+        self._bar: tqdm[Any] | None = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Starts the clock and the bar."""
+        self._since = time.perf_counter()
+        if trainer.world.is_main and self.config.progress:
+            state = trainer.state
+            self._bar = tqdm(total=trainer.total_steps, initial=state.step, unit="step", dynamic_ncols=True)
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        """Adds the step up and writes every few of them."""
+        self._loss_sum += result.loss_sum
+        self._tokens += result.tokens
+        self._steps += 1
+        if self._bar is not None:
+            self._bar.update()
+        # by the step number, so that a resumed run logs at the same steps
+        if trainer.state.step % self.config.every_steps == 0:
+            self._write(trainer, result)
+
+    def on_stop(self, trainer: Trainer) -> None:
+        """Closes the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _write(self, trainer: Trainer, result: StepResult) -> None:
+        mine = torch.tensor([self._loss_sum, float(peak_memory_bytes())], dtype=torch.float64)
+        total = sum_over_ranks(mine.to(trainer.world.device))
+        now = time.perf_counter()
+        values = {
+            "train/loss": float(total[0]) / max(1, self._tokens),
+            "train/learning_rate": result.learning_rate,
+            "train/epoch": trainer.state.epoch + trainer.state.batch / len(trainer.loader),
+            "speed/tokens_per_second": self._tokens / (now - self._since),
+            "speed/seconds_per_step": (now - self._since) / self._steps,
+            "memory/peak_gib_per_rank": float(total[1]) / trainer.world.size / 2**30,
+        }
+        if self.log is not None:
+            self.log.write(trainer.state.step, values)
+        if self._bar is not None:
+            self._bar.set_postfix(loss=f"{values['train/loss']:.4f}", epoch=f"{values['train/epoch']:.2f}")
+        self._loss_sum, self._tokens, self._steps, self._since = 0.0, 0, 0, now
+
+
+class EvaluateHook(Hook):
+    """Validation after every few epochs; remembers the best and stops a run that no longer improves."""
+
+    def __init__(
+        self, config: EvaluationConfig, validate: Callable[[], dict[str, float]], log: MetricsLog | None
+    ) -> None:
+        self.config = config
+        self.validate = validate
+        self.log = log
+
+    def after_epoch(self, trainer: Trainer) -> None:
+        """Validates and updates the best."""
+        state = trainer.state
+        if state.epoch % self.config.every_epochs and state.epoch < trainer.epochs:
+            return
+        started = time.perf_counter()
+        values = self.validate()
+        value = values[self.config.monitor]
+        if value > state.best_value:
+            state.best_value, state.best_step, state.best_epoch = value, state.step, state.epoch
+            state.validations_since_best = 0
+        else:
+            state.validations_since_best += 1
+        patience = self.config.patience
+        state.stopped_early = patience is not None and state.validations_since_best >= patience
+        if self.log is not None:
+            seconds = time.perf_counter() - started
+            logged = {f"validation/{name}": v for name, v in values.items()} | {"validation/seconds": seconds}
+            self.log.write(state.step, logged)
+        if trainer.world.is_main:
+            with tqdm.external_write_mode():
+                logger.info(
+                    "epoch %d: validation %s %.4f (best %.4f at epoch %d)",
+                    state.epoch,
+                    self.config.monitor,
+                    value,
+                    state.best_value,
+                    state.best_epoch,
+                )
+
+
+class CheckpointHook(Hook):
+    """Saves at the end of each epoch, every few steps if configured, and when asked to stop."""
+
+    def __init__(self, config: CheckpointConfig, manager: CheckpointManager, tensors: Callable[[], dict[str, Any]]):
+        self.config = config
+        self.manager = manager
+        self.tensors = tensors
+        self._saved_step = -1
+
+    def on_start(self, trainer: Trainer) -> None:
+        """A restored run need not save where it already is."""
+        self._saved_step = trainer.state.step
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        """Saves every few steps; the end of an epoch saves after its validation."""
+        every = self.config.every_steps
+        if every is not None and trainer.state.step % every == 0 and trainer.state.batch < len(trainer.loader):
+            self._save(trainer)
+
+    def after_epoch(self, trainer: Trainer) -> None:
+        """Saves; must come after the evaluation in the list of hooks."""
+        self._save(trainer)
+
+    def on_stop(self, trainer: Trainer) -> None:
+        """Saves what an interrupted run has done since its last checkpoint."""
+        if trainer.state.step != self._saved_step:
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        self.manager.save(self.tensors(), trainer.state.state_dict(), trainer.state.best_step)
+        self._saved_step = trainer.state.step
+
+
+class ProfileHook(Hook):
+    """Traces a few steps of rank 0 into `trace.json`, for Chrome's or Perfetto's viewer."""
+
+    def __init__(self, config: ProfileConfig, run_dir: Path) -> None:
+        self.config = config
+        self.path = run_dir / "trace.json"
+        self._steps = 0
+        self._profile: profile | None = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Starts at once if the first step is to be traced."""
+        self._maybe_start(trainer)
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        """Starts before the configured step, stops after the configured number."""
+        self._steps += 1
+        first = self.config.first_step
+        if self._profile is not None and first is not None and self._steps >= first + self.config.num_steps:
+            self._finish()
+        self._maybe_start(trainer)
+
+    def on_stop(self, trainer: Trainer) -> None:
+        """Writes a trace that the end of the run cut short."""
+        self._finish()
+
+    def _maybe_start(self, trainer: Trainer) -> None:
+        if trainer.world.is_main and self.config.first_step == self._steps:
+            activities = [ProfilerActivity.CPU]
+            if trainer.world.device.type == "cuda":
+                activities.append(ProfilerActivity.CUDA)
+            self._profile = profile(activities=activities)
+            self._profile.start()
+
+    def _finish(self) -> None:
+        if self._profile is not None:
+            self._profile.stop()
+            self._profile.export_chrome_trace(str(self.path))
+            logger.info("trace of %d steps written to %s", self.config.num_steps, self.path)
+            self._profile = None

@@ -1,0 +1,99 @@
+"""Where metrics go: JSON lines always, TensorBoard and Weights & Biases if configured."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import wandb
+from torch.utils.tensorboard import SummaryWriter
+
+from hstu_dist.errors import UserError
+from hstu_dist.train.config import LoggingConfig
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Writes metrics of rank 0. A resumed run drops what was logged after its checkpoint."""
+
+    def __init__(self, run_dir: Path, config: LoggingConfig, run_config: dict[str, Any], resume_step: int) -> None:
+        self._path = run_dir / METRICS_FILE
+        _drop_after(self._path, resume_step)
+        self._file = self._path.open("a")
+        self._board = (
+            SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1) if config.tensorboard else None
+        )
+        self._wandb = None
+        if config.wandb != "disabled":
+            self._wandb = _start_wandb(run_dir, config, run_config)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One line of metrics at a step."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def close(self) -> None:
+        """Flushes and closes all of them."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """All lines of a run's metrics, oldest first."""
+    path = run_dir / METRICS_FILE
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            logged = json.loads(line)["step"]
+        except ValueError:
+            # a killed process can leave half a line at the end
+            continue
+        if logged <= step:
+            kept.append(line + "\n")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
+
+
+def _start_wandb(run_dir: Path, config: LoggingConfig, run_config: dict[str, Any]) -> Any:
+    try:
+        return wandb.init(
+            project=config.wandb_project,
+            name=run_dir.name,
+            dir=str(run_dir),
+            mode="offline" if config.wandb == "offline" else "online",
+            config=run_config,
+            resume="allow",
+            id=run_dir.name if config.wandb == "online" else None,
+        )
+    except (wandb.Error, OSError) as error:
+        raise UserError(
+            f"Weights & Biases: {str(error).splitlines()[0]}",
+            "run `wandb login`, or set trainer.logging.wandb=offline",
+        ) from error

@@ -1,0 +1,81 @@
+"""AdamW for the dense part and one learning-rate schedule for dense part and tables."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from hstu_dist.train.config import OptimizerConfig, ScheduleConfig
+
+
+def schedule_factor(config: ScheduleConfig, step: int, total_steps: int) -> float:
+    """Learning-rate factor of optimizer step `step`, counted from 0.
+
+    Args:
+        config: shape.
+        step: steps already taken.
+        total_steps: steps of the whole run.
+
+    Returns:
+        A factor in [0, 1].
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.kind == "constant":
+        return 1.0
+    # the last step of the run has progress 1
+    progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps))
+    remaining = 0.5 * (1 + math.cos(math.pi * progress)) if config.kind == "cosine" else 1 - progress
+    return config.final_factor + (1 - config.final_factor) * remaining
+
+
+class Optimizers:
+    """Steps the dense part; the tables step inside their backward and only take their learning rate from here."""
+
+    def __init__(
+        self, dense: nn.Module, table: torch.optim.Optimizer, table_learning_rate: float, config: OptimizerConfig
+    ) -> None:
+        self.config = config
+        self.names = {parameter: name for name, parameter in dense.named_parameters()}
+        self.dense = torch.optim.AdamW(
+            list(self.names),
+            lr=config.learning_rate,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+        self.table = table
+        self._table_learning_rate = table_learning_rate
+
+    def prepare(self, step: int, total_steps: int) -> float:
+        """Sets the learning rates of a step, before its backward; returns the factor."""
+        factor = schedule_factor(self.config.schedule, step, total_steps)
+        for group in self.dense.param_groups:
+            group["lr"] = self.config.learning_rate * factor
+        for group in self.table.param_groups:
+            group["lr"] = self._table_learning_rate * factor
+        # a fused optimizer's step only hands its learning rate to the kernel
+        self.table.step()
+        self.dense.zero_grad()
+        return factor
+
+    def step(self) -> None:
+        """Clips if configured and updates the dense part."""
+        if self.config.clip_norm is not None:
+            # under DDP every rank holds the same averaged gradient, so every rank clips alike
+            torch.nn.utils.clip_grad_norm_(list(self.names), self.config.clip_norm, error_if_nonfinite=True)
+        self.dense.step()
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """Moments and step counts of the dense part, `name.moment` → tensor; created if no step was taken yet."""
+        tensors: dict[str, torch.Tensor] = {}
+        for parameter, name in self.names.items():
+            state = self.dense.state[parameter]
+            if not state:
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+            tensors |= {f"{name}.{key}": value for key, value in state.items()}
+        return tensors
