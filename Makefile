@@ -1,0 +1,50 @@
+# Two commands are enough on a machine with Python 3.11+ and pip: `make train` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+NPROC ?= 2
+# a GPU machine takes the CUDA build of fbgemm-gpu, any other the CPU build under the same name
+EXTRA ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
+
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+SOURCES_OF_INSTALL := pyproject.toml hatch_build.py packaging/fbgemm-gpu-shim/pyproject.toml \
+	$(wildcard hstu_dist/ops/csrc/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help install data train test check format clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+install: $(STAMP)  ## create the environment in .venv, once
+
+$(STAMP): $(SOURCES_OF_INSTALL)
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+ifeq ($(EXTRA),cpu)
+	$(RUN) -m pip install --quiet ./packaging/fbgemm-gpu-shim
+endif
+	$(RUN) -m pip install --quiet --editable '.[$(EXTRA),dev]'
+	$(RUN) -m pip check
+	touch $(STAMP)
+
+data: $(STAMP)  ## fetch MovieLens-1M and write it as sequences, once
+	$(RUN) -m hstu_dist prepare data=ml1m
+
+train: data  ## train HSTU on MovieLens-1M with NPROC ranks, evaluate, print the result table
+	$(RUN) -m launch experiment=ml1m cluster=local nproc=$(NPROC)
+
+test: $(STAMP)  ## run the whole test suite
+	$(RUN) -m pytest
+
+check: $(STAMP)  ## format, lint, types and the fast tests
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+	$(RUN) -m pytest -m 'not slow and not distributed'
+
+format: $(STAMP)  ## rewrite the sources in the common format
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+clean:  ## remove the environment; data/ and runs/ stay
+	rm -rf $(VENV)
