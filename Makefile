@@ -40,7 +40,7 @@ check: $(STAMP)  ## format, lint, types and the fast tests
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
-	$(RUN) -m pytest -m 'not slow and not distributed'
+	$(RUN) -m pytest -m "not slow and not distributed"
 
 format: $(STAMP)  ## rewrite the sources in the common format
 	$(RUN) -m ruff format .

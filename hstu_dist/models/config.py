@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from hstu_dist.validation import STRICT
 
-AttentionBackendName = Literal["auto", "reference", "blocked"]
+AttentionBackendName = Literal["auto", "reference", "blocked", "native", "triton"]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
