@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hstu_dist import __version__
-from hstu_dist.config import RunConfig, compose, compose_dict, conf_dir, load
-from hstu_dist.errors import UserError
+from hstu_dist.config import RunConfig, compose, compose_dict, groups_help, load
+from hstu_dist.console import report, say
+from hstu_dist.errors import ExitCode, PeerLostError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0 for success, 2 for bad input."""
+    """Runs a command; returns its exit code."""
     options = _parser().parse_args(arguments)
     rank = int(os.environ.get("RANK", "0"))
     _quiet_libraries(rank)
@@ -26,9 +27,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if options.debug:
             raise
-        _report(error, rank)
-        return 2
-    return 0
+        report(error)
+        return ExitCode.BAD_INPUT
+    except PeerLostError as error:
+        if options.debug:
+            raise
+        logging.getLogger(__name__).warning("rank %d: %s", rank, error)
+        return ExitCode.PEER_LOST
+    return ExitCode.FINISHED
 
 
 def _quiet_libraries(rank: int) -> None:
@@ -41,19 +47,6 @@ def _quiet_libraries(rank: int) -> None:
     warnings.filterwarnings("ignore", message="Please use DTensor", category=FutureWarning)
 
 
-def _report(error: UserError, rank: int) -> None:
-    who = f" (rank {rank})" if "RANK" in os.environ else ""
-    sys.stderr.write(f"error{who}: {error.problem}\n")
-    if error.remedy:
-        sys.stderr.write(f"  mend: {error.remedy}\n")
-    sys.stderr.flush()
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m hstu_dist", description="Trains HSTU generative recommenders.")
     parser.add_argument("--version", action="version", version=__version__)
@@ -64,7 +57,11 @@ def _parser() -> argparse.ArgumentParser:
         ("evaluate", "rank the whole corpus with a run's best checkpoint", _evaluate),
     ):
         command = commands.add_parser(
-            name, help=summary, description=summary, epilog=_keys(name), formatter_class=argparse.RawTextHelpFormatter
+            name,
+            help=summary,
+            description=summary,
+            epilog=groups_help(["data"] if name == "prepare" else None),
+            formatter_class=argparse.RawTextHelpFormatter,
         )
         command.set_defaults(run=function)
         command.add_argument("overrides", nargs="*", metavar="key=value", help="settings, in Hydra's override syntax")
@@ -74,17 +71,6 @@ def _parser() -> argparse.ArgumentParser:
         if name == "evaluate":
             command.add_argument("--split", choices=("validation", "test"), default="test", help="default: test")
     return parser
-
-
-def _keys(command: str) -> str:
-    """The groups that a command's overrides choose from, read from the YAML files."""
-    wanted = ["data"] if command == "prepare" else None
-    lines = ["groups (GROUP=OPTION), whose keys are set as GROUP.KEY=VALUE:"]
-    for group in sorted(p for p in conf_dir().iterdir() if p.is_dir()):
-        if wanted is None or group.name in wanted:
-            options = " | ".join(sorted(file.stem for file in group.glob("*.yaml")))
-            lines.append(f"  {group.name:<11} {options}")
-    return "\n".join([*lines, f"keys and their meaning: {conf_dir()}"])
 
 
 def _run_config(options: argparse.Namespace) -> RunConfig:
@@ -103,14 +89,14 @@ def _run_config(options: argparse.Namespace) -> RunConfig:
 def _prepare(options: argparse.Namespace) -> None:
     from hstu_dist.commands.prepare import prepare_data
 
-    prepare_data(compose_dict("prepare", options.overrides), _say)
+    prepare_data(compose_dict("prepare", options.overrides), say)
 
 
 def _train(options: argparse.Namespace) -> None:
     config = _run_config(options)
     from hstu_dist.commands.train import train
 
-    train(config, _say)
+    train(config, say)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -118,7 +104,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from hstu_dist.commands.evaluate import evaluate_run
     from hstu_dist.data.split import Split
 
-    evaluate_run(config, Split(options.split), _say)
+    evaluate_run(config, Split(options.split), say)
 
 
 if __name__ == "__main__":

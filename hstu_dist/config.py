@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,20 @@ def conf_dir() -> Path:
     return installed if installed.is_dir() else package.parent / "conf"
 
 
+def groups_help(wanted: Collection[str] | None = None) -> str:
+    """The groups that overrides choose from, read from the YAML files.
+
+    Args:
+        wanted: names of groups; None: all.
+    """
+    lines = ["groups (GROUP=OPTION), whose keys are set as GROUP.KEY=VALUE:"]
+    for group in sorted(p for p in conf_dir().iterdir() if p.is_dir()):
+        if wanted is None or group.name in wanted:
+            options = " | ".join(sorted(file.stem for file in group.glob("*.yaml")))
+            lines.append(f"  {group.name:<11} {options}")
+    return "\n".join([*lines, f"keys and their meaning: {conf_dir()}"])
+
+
 def compose(overrides: Sequence[str]) -> RunConfig:
     """A run from conf/train.yaml and Hydra overrides such as `experiment=ml1m trainer.epochs=3`.
 
@@ -108,7 +122,7 @@ def compose_dict(primary: str, overrides: Sequence[str]) -> dict[str, Any]:
     try:
         with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
             composed = hydra_compose(primary, overrides=list(overrides))
-        resolved = OmegaConf.to_container(composed, resolve=True)
+        resolved = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         unknown = re.match(r"Could not override '(.+)'", str(error))
         problem = f"{unknown[1]}: no such key" if unknown else _first_line(error)

@@ -1,4 +1,15 @@
-"""The one error type that is shown to a user as a single line instead of a stack trace."""
+"""Errors that a user reads as one line instead of a stack trace, and the exit codes that tell them apart."""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """How a process of a run ends; 128 + number of the signal when a signal stopped it."""
+
+    FINISHED = 0
+    FAILED = 1
+    BAD_INPUT = 2
+    PEER_LOST = 3
 
 
 class UserError(Exception):
@@ -17,3 +28,7 @@ class UserError(Exception):
     def __reduce__(self) -> tuple[type["UserError"], tuple[str, str]]:
         # worker processes and threads hand errors on by pickling them
         return (type(self), (self.problem, self.remedy))
+
+
+class PeerLostError(Exception):
+    """Another rank is gone or unreachable: this rank is not the cause, and says so instead of a stack trace."""

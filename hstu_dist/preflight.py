@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import psutil
-
 from hstu_dist.config import RunConfig
 from hstu_dist.data.schema import Manifest, load_manifest
 from hstu_dist.errors import UserError
+from hstu_dist.machine import memory_per_rank
 from hstu_dist.run_folder import RunFolder
 
 _CHECKPOINTS_AT_ONCE = 3
@@ -64,4 +63,4 @@ def check_plan(config: RunConfig, num_items: int, world_size: int) -> int:
 def _memory_per_rank(config: RunConfig) -> int:
     if config.cluster.memory_per_rank_gib is not None:
         return int(config.cluster.memory_per_rank_gib * 2**30)
-    return int(psutil.virtual_memory().total) // int(os.environ.get("LOCAL_WORLD_SIZE", config.nproc))
+    return memory_per_rank(int(os.environ.get("LOCAL_WORLD_SIZE", config.nproc)))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -44,6 +47,11 @@ class RunFolder:
     def config_file(self) -> Path:
         """Resolved settings that the run was started with."""
         return self.path / "config.yaml"
+
+    @property
+    def launch_file(self) -> Path:
+        """Resolved settings that a launcher hands to the ranks; `config_file` stays what the run was started with."""
+        return self.path / "launch.yaml"
 
     @property
     def checkpoints(self) -> Path:
@@ -88,6 +96,23 @@ class RunFolder:
                     "set name=NAME for a new run, or remove the folder",
                 )
 
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps other runs out of the folder until it is left or this process ends, however it ends.
+
+        Raises:
+            UserError: another process has the lock.
+        """
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"run folder {self.path}: another process is training in it",
+                    "wait for it or stop it, or set name=NAME for a new run",
+                ) from error
+            yield
+
     def describe(self, config: RunConfig) -> None:
         """Writes the resolved settings and the environment (git commit, versions, machine)."""
         save(config, self.config_file)
@@ -99,6 +124,11 @@ class RunFolder:
             return None
         values: dict[str, Any] = json.loads(self.result_file.read_text())
         return values
+
+    def finished(self, epochs: int) -> dict[str, Any] | None:
+        """What `finish` wrote, if a run of `epochs` epochs has nothing left to train."""
+        result = self.result()
+        return result if result and (result.get("stopped_early") or result["epochs"] >= epochs) else None
 
     def finish(self, result: dict[str, Any]) -> None:
         """Marks the run as finished."""

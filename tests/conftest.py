@@ -1,11 +1,14 @@
-"""Shared test set-up: uninitialised memory is NaN, and every test starts from the same seed."""
+"""Shared test set-up: uninitialised memory is NaN, every test starts from the same seed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+from tests.tiny import write_tiny_dataset
 
 
 @pytest.fixture(autouse=True)
@@ -16,3 +19,9 @@ def poisoned_memory() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared data set of 60 users and 40 items."""
+    return write_tiny_dataset(tmp_path_factory.mktemp("data"))

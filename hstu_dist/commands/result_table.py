@@ -19,7 +19,7 @@ def result_table(config: RunConfig, result: dict[str, Any]) -> str:
         result: what the run wrote to result.json.
     """
     title = f"{config.name}: test at the best validation epoch ({result['best_epoch']} of {result['epochs']})"
-    table = Table(title=title)
+    table = Table()
     table.add_column("metric")
     for column in (config.model.kind, "popularity", "published"):
         table.add_column(column, justify="right")
@@ -34,4 +34,4 @@ def result_table(config: RunConfig, result: dict[str, Any]) -> str:
     text = io.StringIO()
     # a fixed width: the table also goes into files and logs
     Console(file=text, width=100).print(table)
-    return text.getvalue().rstrip()
+    return f"{title}\n{text.getvalue().rstrip()}"

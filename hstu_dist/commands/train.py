@@ -13,7 +13,7 @@ from hstu_dist.commands.result_table import result_table
 from hstu_dist.commands.session import Session
 from hstu_dist.config import RunConfig, to_dict
 from hstu_dist.data.split import Split
-from hstu_dist.distributed.process_group import process_group, set_threads
+from hstu_dist.distributed.process_group import World, process_group, set_threads
 from hstu_dist.preflight import preflight
 from hstu_dist.run_folder import RunFolder
 from hstu_dist.train.hooks import CheckpointHook, EvaluateHook, LogHook, ProfileHook
@@ -35,25 +35,30 @@ def train(config: RunConfig, say: Callable[[str], None]) -> None:
     Raises:
         UserError: the run cannot start or go on.
     """
+    folder = RunFolder(config.run_dir)
     with process_group(config.trainer.device, config.trainer.timeout_seconds) as world:
         preflight(config, world.size)
-        folder = RunFolder(config.run_dir)
         set_threads(config.trainer.threads, world)
-        session = Session.build(config, world)
-        checkpoints = CheckpointManager(folder.checkpoints, config.trainer.checkpoint.keep)
-        state = restore(session, checkpoints)
-        finished = folder.result() is not None and (state.stopped_early or state.epoch >= config.trainer.epochs)
+        with folder.lock() if world.is_main else contextlib.nullcontext():
+            _run(config, world, folder, say)
+
+
+def _run(config: RunConfig, world: World, folder: RunFolder, say: Callable[[str], None]) -> None:
+    session = Session.build(config, world)
+    checkpoints = CheckpointManager(folder.checkpoints, config.trainer.checkpoint.keep)
+    state = restore(session, checkpoints)
+    finished = folder.result() is not None and (state.stopped_early or state.epoch >= config.trainer.epochs)
+    if world.is_main:
+        _announce(session, state, finished, say)
+        folder.describe(config)
+    if not finished and not _fit(session, checkpoints, state, folder):
         if world.is_main:
-            _announce(session, state, finished, say)
-            folder.describe(config)
-        if not finished and not _fit(session, checkpoints, state, folder):
-            if world.is_main:
-                say(f"stopped at step {state.step}; the same command continues")
-            return
-        result = folder.result() if finished else _test(session, checkpoints, state)
-        if world.is_main and result is not None:
-            folder.finish(result)
-            say(result_table(config, result))
+            say(f"stopped at step {state.step}; the same command continues")
+        return
+    result = folder.result() if finished else _test(session, checkpoints, state)
+    if world.is_main and result is not None:
+        folder.finish(result)
+        say(result_table(config, result))
 
 
 def restore(session: Session, checkpoints: CheckpointManager) -> TrainState:
@@ -111,6 +116,7 @@ def _test(session: Session, checkpoints: CheckpointManager, state: TrainState) -
     return {
         "epochs": state.epoch,
         "steps": state.step,
+        "stopped_early": state.stopped_early,
         "best_epoch": state.best_epoch,
         "validation": {session.config.trainer.evaluation.monitor: state.best_value},
         "test": session.evaluate(Split.TEST),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from hstu_dist.errors import UserError
+from hstu_dist.errors import PeerLostError, UserError
+from hstu_dist.machine import cores_per_rank
+
+_LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Socket closed|[Tt]imed out (waiting|connecting)")
+"""How gloo words it when another rank has gone; the exception type is a plain RuntimeError."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +51,38 @@ def process_group(device_name: str, timeout_seconds: float) -> Iterator[World]:
 
     Raises:
         UserError: CUDA was asked for and is not there.
+        PeerLostError: a collective failed because another rank is gone or did not answer in time.
     """
     device = _device(device_name)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=timeout_seconds)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
+    with _lost_peers():
+        _join(backend, timedelta(seconds=timeout_seconds))
+        try:
+            local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            yield World(dist.get_rank(), dist.get_world_size(), local_size, device)
+        finally:
+            dist.destroy_process_group()
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    if "RANK" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    # the store outlives a restart of the ranks: without a prefix they would find the addresses of the dead
+    attempt = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timeout)
+
+
+@contextmanager
+def _lost_peers() -> Iterator[None]:
+    """Tells a rank that only lost another one from a rank with an error of its own."""
     try:
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        yield World(dist.get_rank(), dist.get_world_size(), local_size, device)
-    finally:
-        dist.destroy_process_group()
+        yield
+    except RuntimeError as error:
+        if _LOST.search(str(error)):
+            raise PeerLostError("lost contact with another rank, which failed or cannot be reached") from error
+        raise
 
 
 def _device(name: str) -> torch.device:
@@ -73,8 +97,7 @@ def _device(name: str) -> torch.device:
 
 def set_threads(threads: int | None, world: World) -> int:
     """Gives this rank its share of the machine's cores; returns the number of threads."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = threads or max(1, available // world.local_size)
+    count = threads or cores_per_rank(world.local_size)
     torch.set_num_threads(count)
     return count
 

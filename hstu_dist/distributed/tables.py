@@ -107,7 +107,7 @@ class _Lookup(nn.Module):
 
     def forward(self, ids_U: Tensor) -> Tensor:
         lengths = torch.tensor([ids_U.numel()], dtype=torch.int64, device=ids_U.device)
-        features = KeyedJaggedTensor(keys=[_FEATURE], values=ids_U, lengths=lengths)
+        features = KeyedJaggedTensor(keys=[_FEATURE], values=ids_U.contiguous(), lengths=lengths)
         rows: Tensor = self.collection(features)[_FEATURE].values()
         return rows
 

@@ -1,0 +1,1 @@
+"""Starts the ranks of a run on a cluster, from a machine that need not have torch."""

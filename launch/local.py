@@ -1,0 +1,64 @@
+"""Runs an agent on this machine as a child process, and hands it the request to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from hstu_dist.console import report
+from hstu_dist.errors import ExitCode, UserError
+
+_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_POLL_SECONDS = 0.1
+
+
+def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Starts the agent and waits for it; the first SIGTERM, SIGINT or SIGHUP stops it, later ones change nothing.
+
+    Args:
+        command: program and arguments.
+        environment: variables on top of this process's own.
+
+    Returns:
+        The agent's exit code; FAILED if it was killed; 128 + signal if a signal stopped it before it finished.
+    """
+    with _stop_signals() as received:
+        # a session of its own: Ctrl-C reaches the agent once, through us, and not a second time from the terminal
+        agent = subprocess.Popen(command, env={**os.environ, **environment}, start_new_session=True)
+        while not received and agent.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                agent.wait(_POLL_SECONDS)
+        if received:
+            # always SIGTERM: Python answers SIGINT with a stack trace wherever nobody handles it
+            agent.terminate()
+        code = agent.wait()
+    if code == ExitCode.FINISHED:
+        return code
+    if received:
+        return 128 + received[0]
+    if code < 0:
+        problem = f"the agent of the ranks was killed by {signal.Signals(-code).name}"
+        report(UserError(problem, "its ranks may still be running: stop them, then give the same command again"))
+        return ExitCode.FAILED
+    return code
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collects signals instead of dying of them; what `nohup` ignores stays ignored."""
+    received: list[int] = []
+
+    def remember(number: int, _frame: Any) -> None:
+        received.append(number)
+
+    heeded = [number for number in _STOP if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, remember) for number in heeded}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

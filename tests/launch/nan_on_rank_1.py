@@ -1,0 +1,24 @@
+"""The command line of the package, with a loss of NaN on rank 1 at the fourth step."""
+
+from __future__ import annotations
+
+import os
+import sys
+from itertools import count
+from typing import Any
+
+from hstu_dist.__main__ import main
+from hstu_dist.train import step
+
+_true_loss = step.softmax_loss
+_calls = count()
+
+
+def _loss(*arguments: Any) -> Any:
+    value = _true_loss(*arguments)
+    return value * float("nan") if next(_calls) == 3 and os.environ["RANK"] == "1" else value
+
+
+if __name__ == "__main__":
+    step.softmax_loss = _loss
+    sys.exit(main())

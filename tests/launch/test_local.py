@@ -1,0 +1,46 @@
+"""A child process is waited for, and asked to stop exactly once."""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+import pytest
+
+from launch.local import run
+
+# asks its parent to stop like an impatient user, counts what arrives, and takes a moment to save
+_CHILD = """
+import os, signal, sys, time
+received = []
+signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+for _ in range(3):
+    os.kill(os.getppid(), {signal})
+    time.sleep(0.15)
+sys.exit({code} if received == [signal.SIGTERM] else 99)
+"""
+
+
+def _run(code: str) -> int:
+    return run([sys.executable, "-c", code], {"OMP_NUM_THREADS": "3"})
+
+
+@pytest.mark.parametrize("code", [0, 1, 2])
+def test_passes_the_exit_code_on(code: int) -> None:
+    assert _run(f"import os, sys; sys.exit({code} if os.environ['OMP_NUM_THREADS'] == '3' else 99)") == code
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_forwards_a_stop_once(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    assert _run(_CHILD.format(signal=int(number), code=143)) == 128 + number
+    assert signal.getsignal(number) is before
+
+
+def test_a_run_that_finishes_all_the_same_has_finished() -> None:
+    assert _run(_CHILD.format(signal=int(signal.SIGTERM), code=0)) == 0
+
+
+def test_a_killed_agent_is_a_failure(capfd: pytest.CaptureFixture[str]) -> None:
+    assert _run("import os, signal; os.kill(os.getpid(), signal.SIGKILL)") == 1
+    assert "killed by SIGKILL" in capfd.readouterr().err

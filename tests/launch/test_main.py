@@ -1,0 +1,162 @@
+"""`python -m launch` without ranks: what it prints, refuses, and leaves untouched."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from hstu_dist.config import compose, load, save
+from hstu_dist.errors import ExitCode
+from hstu_dist.run_folder import RunFolder
+from launch import local
+from launch.__main__ import main
+from launch.spec import LaunchSpec
+from launch.torchrun import agent_command
+from tests.launch.runs import Started
+from tests.tiny import tiny_overrides
+
+
+@pytest.fixture
+def agents(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Commands that would have started an agent; any other new process fails the test."""
+    commands: list[list[str]] = []
+
+    def run(command: Sequence[str], _environment: Mapping[str, str]) -> int:
+        commands.append(list(command))
+        return ExitCode.FINISHED
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(local, "run", run)
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    return commands
+
+
+@pytest.fixture
+def overrides(tiny_data: Path, tmp_path: Path) -> list[str]:
+    return tiny_overrides(tiny_data, tmp_path / "runs")
+
+
+def test_needs_no_torch(tmp_path: Path, overrides: list[str]) -> None:
+    code = f"""
+import sys
+import launch.__main__
+assert launch.__main__.main({[*overrides, "dry_run=true"]}) == 0
+assert launch.__main__.main({[*overrides, "cluster.memory_per_rank_gib=1e-9"]}) == 2
+print([name for name in ("torch", "torchrec", "fbgemm_gpu", "triton") if name in sys.modules])
+"""
+    with Started(["-c", code], tmp_path) as process:
+        ended = process.wait()
+    assert (ended.code, ended.out.splitlines()[-1]) == (0, "[]"), ended.err
+
+
+@pytest.mark.parametrize("flag", ["dry_run=true", "--dry-run"])
+def test_dry_run_prints_the_command_and_touches_nothing(
+    flag: str, overrides: list[str], tmp_path: Path, agents: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*overrides, "data.path=/nowhere", flag]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1
+    assert shlex.split(printed)[1:] == agent_command(LaunchSpec.of(compose(overrides)))
+    assert agents == [] and not (tmp_path / "runs").exists()
+
+
+def test_starts_what_dry_run_prints(
+    overrides: list[str], agents: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*overrides, "dry_run=true"])
+    printed = shlex.split(capsys.readouterr().out)[1:]
+    assert main([*overrides, "dry_run=false"]) == 0
+    assert agents == [printed]
+    config = compose(overrides)
+    folder = RunFolder(config.run_dir)
+    assert load(folder.launch_file) == config
+    # only the run itself writes what a later run is compared with
+    assert not folder.config_file.exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("trainer.epoch=3", "trainer.epoch"),
+        ("cluster=mainframe", "cluster/mainframe"),
+        ("experiment=nothing", "experiment/nothing"),
+        ("trainer.epochs=0", "trainer.epochs"),
+        ("nproc=two", "nproc"),
+        ("dry_run=maybe", "dry_run"),
+        ("data.path=/nowhere", "/nowhere"),
+        ("nproc=41", "41 ranks"),
+        ("cluster.memory_per_rank_gib=1e-9", "item table"),
+    ],
+)
+def test_bad_input_is_one_error_line(
+    override: str,
+    named: str,
+    overrides: list[str],
+    tmp_path: Path,
+    agents: list[list[str]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    assert main([*overrides, override]) == ExitCode.BAD_INPUT
+    printed = capsys.readouterr()
+    error, mend = printed.err.splitlines()
+    assert error.startswith("error: ") and named in error
+    assert mend.startswith("  mend: ")
+    assert printed.out == "" and agents == [] and sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_folder_that_cannot_be_written(
+    overrides: list[str], tmp_path: Path, agents: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "runs").write_text("a file in the place of the folder")
+    assert main(overrides) == ExitCode.BAD_INPUT
+    error, mend = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"error: run folder {tmp_path}/runs/tiny: cannot be written") and "output=" in mend
+    assert agents == []
+
+
+def test_a_run_folder_with_other_settings(
+    overrides: list[str], agents: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = compose([*overrides, "seed=2"])
+    config.run_dir.mkdir(parents=True)
+    save(config, RunFolder(config.run_dir).config_file)
+    assert main(overrides) == ExitCode.BAD_INPUT
+    assert "seed: 2 -> 1" in capsys.readouterr().err
+    assert agents == []
+
+
+@pytest.mark.parametrize(
+    ("epochs", "stopped_early", "finished"), [(2, False, True), (1, False, False), (1, True, True)]
+)
+def test_a_finished_run_is_shown_without_ranks(
+    epochs: int,
+    stopped_early: bool,
+    finished: bool,
+    overrides: list[str],
+    agents: list[list[str]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = RunFolder(compose(overrides).run_dir)
+    folder.path.mkdir(parents=True)
+    metrics = {"hr@10": 0.25}
+    result = {"epochs": epochs, "steps": 8 * epochs, "stopped_early": stopped_early, "best_epoch": 1}
+    folder.finish({**result, "test": metrics, "popularity": metrics})
+    assert main(overrides) == 0
+    printed = capsys.readouterr().out
+    assert (len(agents) == 0) == finished
+    assert ("already finished" in printed and "0.2500" in printed) == finished
+
+
+def test_help_names_options_and_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    printed = capsys.readouterr().out
+    assert exit_.value.code == 0
+    assert all(word in printed for word in ("dry_run=true", "nproc=N", "experiment  ", "cluster     local"))
