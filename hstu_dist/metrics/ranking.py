@@ -17,7 +17,8 @@ def ranks_of_targets(users_BD: Tensor, items_VD: Tensor, target: Tensor, history
     """Rank of each user's target among all items, the user's own history left out.
 
     Items of equal score are ordered by id, so that the rank is the same in every run. The target itself is never
-    left out, even if the history holds it.
+    left out, even if the history holds it. Scores that are no numbers put the target behind every item: a model that
+    diverged must not look perfect.
 
     Args:
         users_BD: [B, D], one vector a user.
@@ -26,7 +27,7 @@ def ranks_of_targets(users_BD: Tensor, items_VD: Tensor, target: Tensor, history
         history: item ids [T] int64 of all users and their offsets [B+1] int64.
 
     Returns:
-        [B] int64, 1 for the best.
+        [B] int64, 1 for the best; V + 1 where the target's score is no number.
     """
     seen_ids, offsets = history
     owner = sequence_of(offsets)
@@ -40,9 +41,9 @@ def ranks_of_targets(users_BD: Tensor, items_VD: Tensor, target: Tensor, history
         score = scores.gather(1, wanted)
         first, last = int(offsets[start]), int(offsets[min(start + rows, target.numel())])
         scores[owner[first:last] - start, seen_ids[first:last]] = -torch.inf
-        # after the history went, so that a target inside it competes with its own score
-        better = (scores > score) | ((scores == score) & (ids < wanted))
-        ranks[part] += better.sum(1)
+        # by what is not behind, so that NaN counts as better than the target
+        behind = (scores < score) | ((scores == score) & (ids >= wanted))
+        ranks[part] += (~behind).sum(1)
     return ranks
 
 

@@ -40,10 +40,11 @@ def _mix64(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
-def _mix32_(x: Tensor) -> Tensor:
-    """A 32-bit integer hash in place (two multiplications, bias below 0.2 bits)."""
+def _mix32_(x: Tensor, salt: Tensor) -> Tensor:
+    """A 32-bit integer hash in place (two multiplications, bias below 0.2 bits); each salt gives another one."""
     x ^= (x >> 16) & 0xFFFF
     x *= 0x7FEB352D
+    x ^= salt
     x ^= (x >> 15) & 0x1FFFF
     x *= _signed32(0x846CA68B)
     x ^= (x >> 16) & 0xFFFF
@@ -68,12 +69,14 @@ class TokenNoise:
 
     def words(self, count: int) -> Tensor:
         """[T, count] int32, all 2^32 values equally likely."""
-        rows = _mix64(self.tokens + self.key).to(torch.int32)
+        rows = _mix64(self.tokens + self.key)
+        # all 64 bits: of 2^24 table rows, 2^15 pairs would agree in 32 bits and start out equal
+        low, high = rows.to(torch.int32), (rows >> 32).to(torch.int32)
         steps = torch.arange(1, count + 1, device=self.tokens.device).mul_(_GOLDEN_32).to(torch.int32)
-        return _mix32_(rows[:, None] + steps[None, :])
+        return _mix32_(low[:, None] + steps[None, :], high[:, None])
 
     def integers(self, count: int, high: int) -> Tensor:
-        """[T, count] int64 uniform in [0, high); the bias is below high / 2^31, or 2^-30 for large `high`.
+        """[T, count] int64 uniform in [0, high); relative bias below high / 2^31, above 2^20 below high / 2^62.
 
         Raises:
             ValueError: `high` is not in [1, 2^61].

@@ -47,5 +47,8 @@ def attend(call: AttentionCall, sequence: int) -> Tensor:
 
 def attention(call: AttentionCall) -> Tensor:
     """Output [T, H, V] of all sequences; autograd differentiates it, any number of times."""
-    # the empty slice keeps a batch without sequences in the graph
-    return torch.cat([call.v[:0], *(attend(call, b) for b in range(call.offsets.numel() - 1))])
+    # an empty slice that depends on every argument keeps a batch without sequences in the graph:
+    # data-parallel ranks wait for a gradient of each parameter, also from a rank that has no sequence
+    rest = [x for x in (call.q, call.k, call.position_weight, call.time_weight) if x is not None]
+    nothing = call.v[:0] + sum(x.sum() for x in rest)
+    return torch.cat([nothing, *(attend(call, b) for b in range(call.offsets.numel() - 1))])

@@ -1,0 +1,200 @@
+"""conf/ and the configuration classes agree; bad settings are refused in one line; a run's settings survive a file."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+from pydantic import TypeAdapter
+
+from hstu_dist.config import RunConfig, compose, compose_dict, conf_dir, difference, from_dict, load, save, to_dict
+from hstu_dist.errors import UserError
+
+GROUPS = {
+    folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
+    for folder in conf_dir().iterdir()
+    if folder.is_dir()
+}
+# an experiment sets others, and composes with its own choices
+FREE = sorted(GROUPS.keys() - {"experiment"})
+
+
+def run_config(*overrides: str) -> RunConfig:
+    return compose(["experiment=ml1m", *overrides])
+
+
+def test_every_yaml_file_is_in_a_group_or_composed_itself() -> None:
+    files = {str(file.relative_to(conf_dir())) for file in conf_dir().rglob("*.yaml")}
+    assert files == {"train.yaml", "prepare.yaml"} | {f"{g}/{o}.yaml" for g, options in GROUPS.items() for o in options}
+
+
+@pytest.mark.parametrize("experiment", GROUPS["experiment"])
+def test_every_experiment_composes_alone_and_names_its_run(experiment: str) -> None:
+    assert compose([f"experiment={experiment}"]).name == experiment
+
+
+@pytest.mark.parametrize(("group", "option"), [(g, o) for g in FREE for o in GROUPS[g]])
+def test_every_option_composes_with_every_experiment(group: str, option: str) -> None:
+    for experiment in GROUPS["experiment"]:
+        assert compose([f"experiment={experiment}", f"{group}={option}"]).name == experiment
+
+
+def test_choices_that_meet_in_the_model_compose_in_every_combination() -> None:
+    groups = ("model", "loss", "embedding")
+    for options in product(*(GROUPS[group] for group in groups)):
+        config = run_config(*(f"{group}={option}" for group, option in zip(groups, options, strict=True)))
+        assert config.model.max_length == config.data.max_length
+
+
+@pytest.mark.parametrize("option", GROUPS["data"])
+def test_every_data_set_can_be_prepared(option: str) -> None:
+    values = compose_dict("prepare", [f"data={option}"])
+    assert values["data"]["kind"] == option
+
+
+def keys_of(value: Any) -> Any:
+    """Names of nested settings, values dropped."""
+    if is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    return {name: keys_of(v) for name, v in value.items()} if isinstance(value, dict) else None
+
+
+@pytest.mark.parametrize(("group", "option"), [(g, o) for g in FREE for o in GROUPS[g]])
+def test_yaml_and_class_have_the_same_keys_and_the_yaml_states_the_defaults(group: str, option: str) -> None:
+    part = getattr(run_config(f"{group}={option}"), group)
+    written = OmegaConf.load(conf_dir() / group / f"{option}.yaml")
+    assert keys_of(OmegaConf.to_container(written)) == keys_of(part)
+    composed = compose_dict("train", ["experiment=ml1m", f"{group}={option}"])[group]
+    differs = {"sharding": option} if group == "embedding" else {}
+    # the experiment's own settings lie on top of the file
+    own = OmegaConf.to_container(OmegaConf.load(conf_dir() / "experiment" / "ml1m.yaml"))
+    assert isinstance(own, dict)
+    required = {"kind": composed["kind"]} if "kind" in composed else {}
+    default = TypeAdapter(type(part)).validate_python({**required, **differs, **own.get(group, {})})
+    assert part == default
+
+
+def test_top_level_keys_agree() -> None:
+    config = run_config()
+    written = {k for k in OmegaConf.load(conf_dir() / "train.yaml") if k not in ("defaults", "hydra")}
+    assert written | set(FREE) == {field.name for field in fields(config)}
+
+
+BAD = [
+    ("trainer.epochs=0", "trainer.epochs: Input should be greater than 0 (got 0)"),
+    ("trainer.epochs=three", "trainer.epochs: "),
+    ("trainer.epoch=3", "trainer.epoch: no such key"),
+    ("+trainer.epoch=3", "trainer.epoch: Unexpected keyword argument (got 3)"),
+    ("trainer.evaluation.monitor=ndcg@7", "trainer.evaluation: monitor: got ndcg@7, expected one of mrr, hr@1"),
+    ("trainer.evaluation.cutoffs=[]", "trainer.evaluation: cutoffs: got (), expected integers >= 1"),
+    ("trainer.logging.wandb=perhaps", "trainer.logging.wandb: "),
+    ("trainer.device=tpu", "trainer.device: "),
+    ("optimizer.betas=[0.9,1.0]", "optimizer: betas: got (0.9, 1.0), expected two numbers in [0, 1)"),
+    ("optimizer.betas=[0.9]", "optimizer.betas"),
+    ("optimizer.schedule.kind=step", "optimizer.schedule.kind: "),
+    ("optimizer.clip_norm=-1", "optimizer.clip_norm: "),
+    ("model=gru", "Could not find 'model/gru'"),
+    ("model.dropout=1.0", "model.dropout: Input should be less than 1 (got 1.0)"),
+    ("model.num_heads=3", "model: width: got 50, expected a multiple of num_heads (3)"),
+    ("model.max_length=100", "model.max_length: got 100, expected at least data.max_length (200)"),
+    ("model.backend=cudnn", "model.backend: "),
+    ("embedding.sharding=column_wise", "embedding.sharding: "),
+    ("embedding.optimizer.kind=adam", "embedding.optimizer.kind: "),
+    ("loss.temperature=0", "loss.temperature: "),
+    ("loss.num_negatives=null", "loss.num_negatives: "),
+    ("data.max_length=0", "data.max_length: "),
+    ("name=a/b", "name: "),
+    ("name=.hidden", "name: "),
+    ("seed=-1", "seed: "),
+    ("nproc=0", "nproc: "),
+    ("cluster.kind=cloud", "cluster"),
+    ("trainer.epochs", "trainer.epochs"),
+    ("experiment=nothing", "experiment/nothing"),
+    ("data.path=${nowhere}", "nowhere"),
+]
+
+
+@pytest.mark.parametrize(("override", "expected"), BAD, ids=[override for override, _ in BAD])
+def test_a_bad_setting_is_one_line_that_names_it(override: str, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        run_config(override)
+    problem = caught.value.problem
+    assert problem.startswith("configuration: ") and expected in problem, problem
+    assert "\n" not in str(caught.value) and caught.value.remedy
+
+
+def test_several_bad_settings_are_counted() -> None:
+    with pytest.raises(UserError, match=r"seed: .* \(got -1\) \(and 1 more\)"):
+        run_config("nproc=0", "seed=-1")
+
+
+@pytest.mark.parametrize("experiment", GROUPS["experiment"])
+def test_settings_survive_a_file(experiment: str, tmp_path: Path) -> None:
+    config = compose([f"experiment={experiment}", "trainer.evaluation.patience=3", "optimizer.betas=[0.5,0.25]"])
+    save(config, tmp_path / "config.yaml")
+    assert load(tmp_path / "config.yaml") == config
+    assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
+    assert from_dict(to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "config.yaml: "),
+        ("a: [", "config.yaml: "),
+        ("[1, 2]", "config.yaml: got no mapping"),
+        ("name: x", "config.yaml: data: "),
+        ("name: ???", "config.yaml: "),
+    ],
+    ids=["missing", "not-yaml", "list", "incomplete", "unset"],
+)
+def test_a_bad_file_is_one_line(content: str | None, expected: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(UserError) as caught:
+        load(tmp_path / "config.yaml")
+    assert expected in caught.value.problem and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "nproc=4",
+        "output=elsewhere",
+        "published={hr@10: 0.5}",
+        "trainer.epochs=99",
+        "trainer.threads=2",
+        "trainer.timeout_seconds=9",
+        "trainer.logging.wandb=offline",
+        "trainer.checkpoint.keep=9",
+        "trainer.profile.first_step=3",
+    ],
+)
+def test_what_may_change_between_two_starts_of_a_run(override: str) -> None:
+    assert difference(run_config(), run_config(override)) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.width=52", ["model.width: 50 -> 52"]),
+        ("seed=2", ["seed: 1 -> 2"]),
+        ("trainer.global_batch_size=64", ["trainer.global_batch_size: 128 -> 64"]),
+        ("embedding=table_wise", ["embedding.sharding: row_wise -> table_wise"]),
+        ("loss=full_softmax", ["loss.kind: sampled_softmax -> full_softmax", "loss.num_negatives: 128 -> None"]),
+        ("optimizer.betas=[0.9,0.9]", ["optimizer.betas: [0.9, 0.98] -> [0.9, 0.9]"]),
+    ],
+)
+def test_what_may_not_change_is_named(override: str, expected: list[str]) -> None:
+    assert difference(run_config(), run_config(override)) == expected
+
+
+def test_models_agree_with_the_data_they_are_given() -> None:
+    config = run_config("data.max_length=64")
+    assert config.model.max_length == 64
+    with pytest.raises(ValueError, match=r"model.max_length: got 64, expected at least data.max_length \(100\)"):
+        replace(config, data=replace(config.data, max_length=100))
