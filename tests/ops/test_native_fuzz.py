@@ -1,0 +1,54 @@
+"""No random call makes the native kernels touch memory that is not theirs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CALLS = 10_000
+
+
+def hatch_build() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def sanitizer_runtime(compiler: list[str]) -> str | None:
+    """Path of libasan, to be loaded before the interpreter's own libraries."""
+    result = subprocess.run([*compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=False)
+    path = Path(result.stdout.strip())
+    return str(path) if path.is_absolute() and path.is_file() else None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the library is built on Linux only")
+def test_random_calls_under_sanitizers(tmp_path: Path) -> None:
+    build = hatch_build()
+    compiler = build.find_compiler()
+    runtime = None if compiler is None else sanitizer_runtime(compiler)
+    if runtime is None:
+        pytest.skip("needs a C++ compiler with AddressSanitizer")
+    library = tmp_path / "libhstu_native.so"
+    build.build(compiler, library, ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"])
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "LD_PRELOAD": runtime,
+        "PYTHONMALLOC": "malloc",
+        "ASAN_OPTIONS": "detect_leaks=0",
+        # threads that wait should not spin: the sanitizers make them wait a lot
+        "OMP_WAIT_POLICY": "passive",
+    }
+    command = [sys.executable, str(ROOT / "tests/ops/native_fuzz.py"), str(library), str(CALLS), "0"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
