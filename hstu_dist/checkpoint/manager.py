@@ -63,7 +63,7 @@ class CheckpointManager:
             if final.exists():
                 shutil.rmtree(final)
             unfinished.rename(final)
-            _sync(self.folder)
+            _sync_entries(self.folder)
             self._retain(best_step)
         dist.barrier()
 
@@ -91,10 +91,14 @@ class CheckpointManager:
 
 
 def _sync(folder: Path) -> None:
-    """Puts a folder's entries on disk, so that a rename cannot outlive the files it names."""
-    for path in [folder, *(p for p in folder.iterdir() if p.is_file())]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    """Puts a folder and all that is below it on disk, so that a rename cannot outlive the files it names."""
+    for path in [folder, *folder.rglob("*")]:
+        _sync_entries(path)
+
+
+def _sync_entries(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from hstu_dist.errors import UserError
@@ -42,11 +43,21 @@ def read_tensors(folder: Path, tensors: dict[str, Any]) -> None:
         dcp.load(tensors, storage_reader=reader)
     except UserError:
         raise
-    except Exception as error:  # DCP wraps whatever went wrong on any rank
+    # what went wrong on any rank reaches all of them as a CheckpointException, which is no Exception
+    except (Exception, CheckpointException) as error:
         raise UserError(
-            f"checkpoint {folder}: cannot be read ({str(error).splitlines()[0][:200]})",
+            f"checkpoint {folder}: cannot be read ({_cause(error)})",
             "delete this folder to continue from an older checkpoint",
         ) from error
+
+
+def _cause(error: BaseException) -> str:
+    """The first failure of any rank, as one short line."""
+    if isinstance(error, CheckpointException):
+        rank, (error, _) = min(error.failures.items())
+        return f"rank {rank}: {_cause(error)}"
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}{': ' + lines[0][:200] if lines else ''}"
 
 
 def _check_shapes(folder: Path, reader: FileSystemReader, tensors: dict[str, Any]) -> None:
@@ -76,7 +87,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
         version = int(state.pop("format"))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"checkpoint {folder}: {STATE_FILE} cannot be read ({error})",
             "delete this folder to continue from an older checkpoint",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -23,13 +24,12 @@ class MetricsLog:
     def __init__(self, run_dir: Path, config: LoggingConfig, run_config: dict[str, Any], resume_step: int) -> None:
         self._path = run_dir / METRICS_FILE
         _drop_after(self._path, resume_step)
+        # first, because it alone can fail: nothing is open yet
+        self._wandb = None if config.wandb == "disabled" else _start_wandb(run_dir, config, run_config)
         self._file = self._path.open("a")
         self._board = (
             SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1) if config.tensorboard else None
         )
-        self._wandb = None
-        if config.wandb != "disabled":
-            self._wandb = _start_wandb(run_dir, config, run_config)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics at a step."""
@@ -69,13 +69,10 @@ def _drop_after(path: Path, step: int) -> None:
         return
     kept = []
     for line in path.read_text().splitlines():
-        try:
-            logged = json.loads(line)["step"]
-        except ValueError:
-            # a killed process can leave half a line at the end
-            continue
-        if logged <= step:
-            kept.append(line + "\n")
+        # a killed process can leave half a line at the end
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text("".join(kept))
     temporary.replace(path)

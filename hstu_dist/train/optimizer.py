@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 
+from hstu_dist.errors import UserError
 from hstu_dist.train.config import OptimizerConfig, ScheduleConfig
 
 
@@ -62,10 +63,19 @@ class Optimizers:
         return factor
 
     def step(self) -> None:
-        """Clips if configured and updates the dense part."""
+        """Clips if configured and updates the dense part.
+
+        Raises:
+            UserError: the gradient's norm, which clipping needs, is NaN or infinite.
+        """
         if self.config.clip_norm is not None:
             # under DDP every rank holds the same averaged gradient, so every rank clips alike
-            torch.nn.utils.clip_grad_norm_(list(self.names), self.config.clip_norm, error_if_nonfinite=True)
+            norm = torch.nn.utils.clip_grad_norm_(list(self.names), self.config.clip_norm)
+            if not norm.isfinite():
+                raise UserError(
+                    f"the norm of the dense gradient is {float(norm)}",
+                    "lower the learning rates; the last checkpoint is intact",
+                )
         self.dense.step()
 
     def state_tensors(self) -> dict[str, torch.Tensor]:

@@ -1,0 +1,87 @@
+"""Runs on the tiny data set that the distributed, checkpoint and trainer tests share; all functions run on a rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hstu_dist.commands.session import Session
+from hstu_dist.config import RunConfig, compose
+from hstu_dist.data.split import Split
+from hstu_dist.distributed.process_group import World
+from hstu_dist.train.state import TrainState
+from hstu_dist.train.step import StepResult, TrainStep
+from hstu_dist.train.trainer import Hook, Trainer
+from tests.tiny import tiny_overrides
+
+
+def tiny_config(data: Path, output: Path, *overrides: str) -> RunConfig:
+    tiny = tiny_overrides(data, output)
+    if "loss=full_softmax" in overrides:
+        tiny.remove("loss.num_negatives=8")
+    return compose([*tiny, *overrides])
+
+
+def build(config: RunConfig, world: World) -> Session:
+    # TorchRec's planner draws random numbers while it builds: they must not matter
+    torch.manual_seed(world.rank)
+    return Session.build(config, world)
+
+
+@dataclass
+class LossHook(Hook):
+    """Loss of every step, over all ranks, exactly as computed."""
+
+    losses: list[float]
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        loss = torch.tensor(result.loss_sum, dtype=torch.float64)
+        dist.all_reduce(loss)
+        self.losses.append(float(loss) / result.tokens)
+
+
+def trainer_of(session: Session, state: TrainState, epochs: int, hooks: Sequence[Hook] = ()) -> Trainer:
+    config = session.config
+    return Trainer(
+        step=TrainStep(session.recommender, config.loss, session.optimizers, session.world, config.seed),
+        loader=session.loader(Split.TRAIN),
+        state=state,
+        epochs=epochs,
+        world=session.world,
+        hooks=hooks,
+    )
+
+
+def whole(value: Any) -> Tensor:
+    """A tensor of `Session.tensors`, gathered on every rank if it is sharded."""
+    if isinstance(value, Tensor) and not hasattr(value, "local_shards"):
+        return value.detach().clone()
+    full = torch.zeros(value.size())
+    for shard in value.local_shards():
+        rows, columns = shard.metadata.shard_offsets[0], shard.tensor.shape
+        full[rows : rows + columns[0]] = shard.tensor if full.dim() == shard.tensor.dim() else shard.tensor.view(-1)
+    dist.all_reduce(full)
+    return full
+
+
+def snapshot(session: Session) -> dict[str, Tensor]:
+    """Everything that a checkpoint holds, on every rank alike."""
+    names: list[Any] = [None] * session.world.size
+    mine = session.tensors()
+    dist.all_gather_object(names, {name: tuple(value.size()) for name, value in mine.items()})
+    shapes = {name: shape for part in names for name, shape in part.items()}
+    gathered = {}
+    for name in sorted(shapes):
+        if name in mine:
+            gathered[name] = whole(mine[name])
+        else:
+            # table-wise: another rank holds it
+            gathered[name] = torch.zeros(shapes[name])
+            dist.all_reduce(gathered[name])
+    return gathered

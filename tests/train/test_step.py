@@ -1,0 +1,70 @@
+"""A step that cannot be right is refused; what it reports is what was computed."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from hstu_dist.commands.session import Session
+from hstu_dist.data.split import Split
+from hstu_dist.errors import UserError
+from hstu_dist.train.step import TrainStep
+from tests.distributed.cases import build, tiny_config
+from tests.train.cases import WORLD
+
+
+def step_of(data: Path, *overrides: str) -> tuple[Session, TrainStep]:
+    session = build(tiny_config(data, Path("unused"), *overrides), WORLD)
+    step = TrainStep(session.recommender, session.config.loss, session.optimizers, WORLD, session.config.seed)
+    return session, step
+
+
+@pytest.mark.parametrize("loss", ["sampled_softmax", "full_softmax"])
+def test_the_first_loss_is_that_of_the_objective(loss: str, tiny_data: Path) -> None:
+    session, step = step_of(tiny_data, f"loss={loss}", "model.dropout=0")
+    batch = next(session.loader(Split.TRAIN).epoch(0))
+    result = step(batch, batch.num_tokens, (0, 16))
+    assert result.tokens == batch.num_tokens and result.learning_rate == pytest.approx(1e-3)
+    # untrained, every candidate looks alike but for scores of spread 1 / (tau * sqrt(width))
+    candidates = 9 if loss == "sampled_softmax" else 40
+    assert math.log(candidates) < result.loss_sum / result.tokens < math.log(candidates) + 25
+
+
+def test_repeating_a_step_from_the_same_state_repeats_its_loss(tiny_data: Path) -> None:
+    losses = []
+    for _ in range(2):
+        session, step = step_of(tiny_data)
+        batches = session.loader(Split.TRAIN).epoch(0)
+        losses.append([step(batch, batch.num_tokens, (i, 16)).loss_sum for i, batch in enumerate(batches)])
+    assert losses[0] == losses[1] and len(losses[0]) == 8
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_is_refused_before_anything_is_updated(value: float, tiny_data: Path) -> None:
+    session, step = step_of(tiny_data)
+    with torch.no_grad():
+        session.recommender.tower.get_parameter("position.weight")[0, 0] = value
+    before = {name: tensor.clone() for name, tensor in session.recommender.tower.state_dict().items()}
+    batch = next(session.loader(Split.TRAIN).epoch(0))
+    with pytest.raises(UserError, match="step 3: the loss is nan on rank 0") as caught:
+        step(batch, batch.num_tokens, (3, 16))
+    assert "learning rates" in caught.value.remedy
+    after = session.recommender.tower.state_dict()
+    assert all(
+        torch.equal(
+            after[name],
+            tensor,
+        )
+        or name == "position.weight"
+        for name, tensor in before.items()
+    )
+
+
+def test_a_split_without_sequences_is_refused(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, _ = step_of(tiny_data)
+    monkeypatch.setattr(type(session.loader(Split.TEST)), "__len__", lambda self: 0)
+    with pytest.raises(UserError, match="no sequence is long enough for the test split"):
+        session.loader(Split.TEST)

@@ -1,0 +1,214 @@
+"""The loop: order of its hooks, where it stops, what it counts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hstu_dist.checkpoint.manager import CheckpointManager
+from hstu_dist.commands.train import stop_signals
+from hstu_dist.train.config import CheckpointConfig, EvaluationConfig, LoggingConfig, ProfileConfig
+from hstu_dist.train.hooks import CheckpointHook, EvaluateHook, LogHook, ProfileHook
+from hstu_dist.train.metrics_log import MetricsLog, read_metrics
+from hstu_dist.train.state import TrainState
+from hstu_dist.train.step import StepResult
+from hstu_dist.train.trainer import Hook, Trainer
+from tests.train.cases import BATCHES, idle_trainer
+
+
+@dataclass
+class Recorder(Hook):
+    """Writes down every call with the state it saw."""
+
+    name: str = ""
+    calls: list[Any] = field(default_factory=list)
+
+    def on_start(self, trainer: Trainer) -> None:
+        self._note("start", trainer)
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        self._note("step", trainer)
+
+    def after_epoch(self, trainer: Trainer) -> None:
+        self._note("epoch", trainer)
+
+    def on_stop(self, trainer: Trainer) -> None:
+        self._note("stop", trainer)
+
+    def _note(self, call: str, trainer: Trainer) -> None:
+        state = trainer.state
+        self.calls.append((f"{self.name}{call}", state.epoch, state.batch, state.step))
+
+
+def test_hooks_are_called_in_order_with_a_state_that_counts() -> None:
+    calls: list[Any] = []
+    hooks = [Recorder("a ", calls), Recorder("b ", calls)]
+    trainer = idle_trainer(hooks)
+    trainer.fit()
+    one = [("start", 0, 0, 0)]
+    for epoch in range(2):
+        steps = range(1, BATCHES + 1)
+        one += [("step", epoch, batch, epoch * BATCHES + batch) for batch in steps]
+        one += [("epoch", epoch + 1, 0, (epoch + 1) * BATCHES)]
+    one += [("stop", 2, 0, 2 * BATCHES)]
+    assert calls == [(f"{name} {call}", *seen) for call, *seen in one for name in ("a", "b")]
+    assert not trainer.interrupted and trainer.total_steps == trainer.state.step == 2 * BATCHES
+
+
+def test_tokens_and_positions_reach_the_step() -> None:
+    seen = []
+
+    def step(batch: Any, tokens: int, position: tuple[int, int]) -> StepResult:
+        assert tokens == batch.num_tokens
+        seen.append(position)
+        return StepResult(0.0, tokens, 0.0)
+
+    trainer = idle_trainer(step=step)
+    trainer.fit()
+    assert seen == [(i, 2 * BATCHES) for i in range(2 * BATCHES)]
+    assert trainer.state.tokens == 2 * sum(batch.num_tokens for batch in trainer.loader.epoch(0))
+
+
+def test_a_restored_state_continues_inside_its_epoch() -> None:
+    recorder = Recorder()
+    idle_trainer([recorder], TrainState(epoch=1, batch=2, step=BATCHES + 2)).fit()
+    assert [call for call, *_ in recorder.calls] == ["start", "step", "epoch", "stop"]
+    finished = Recorder()
+    idle_trainer([finished], TrainState(epoch=2, step=2 * BATCHES)).fit()
+    assert [call for call, *_ in finished.calls] == ["start", "stop"]
+
+
+@pytest.mark.parametrize("stop_at", [0, 2, 3, 5])
+def test_a_request_to_stop_ends_before_the_next_step(stop_at: int) -> None:
+    trainer = idle_trainer()
+    trainer.stop_requested = lambda: trainer.state.step >= stop_at
+    trainer.fit()
+    assert trainer.interrupted and trainer.state.step == stop_at
+    assert (trainer.state.epoch, trainer.state.batch) == divmod(stop_at, BATCHES)
+
+
+def test_an_error_in_the_step_is_the_caller_s() -> None:
+    def step(batch: Any, tokens: int, position: tuple[int, int]) -> StepResult:
+        raise RuntimeError("broken step")
+
+    with pytest.raises(RuntimeError, match="broken step"):
+        idle_trainer(step=step).fit()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_become_a_question(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with stop_signals() as stop_requested:
+        assert not stop_requested()
+        os.kill(os.getpid(), number)
+        assert stop_requested()
+    assert signal.getsignal(number) is before
+
+
+def evaluation(values: list[float], **settings: Any) -> EvaluateHook:
+    left = iter(values)
+    return EvaluateHook(EvaluationConfig(**settings), lambda: {"ndcg@10": next(left)}, log=None)
+
+
+def test_the_best_epoch_is_remembered_and_patience_ends_the_run() -> None:
+    trainer = idle_trainer([evaluation([0.1, 0.3, 0.3, 0.2, 0.9], patience=2)], epochs=9)
+    trainer.fit()
+    state = trainer.state
+    # an equal value is no better
+    assert (state.best_epoch, state.best_step, state.best_value) == (2, 2 * BATCHES, 0.3)
+    assert state.stopped_early and state.epoch == 4 and not trainer.interrupted
+    # and the end of it survives a restart
+    restored = TrainState()
+    restored.load_state_dict(json.loads(json.dumps(state.state_dict())))
+    assert restored == state
+    again = idle_trainer(state=restored, epochs=9)
+    again.fit()
+    assert again.state.step == 4 * BATCHES
+
+
+def test_validation_comes_every_few_epochs_and_at_the_end() -> None:
+    epochs: list[int] = []
+    trainer = idle_trainer(epochs=5)
+
+    def validate() -> dict[str, float]:
+        epochs.append(trainer.state.epoch)
+        return {"ndcg@10": 0.1 * len(epochs)}
+
+    trainer.hooks = [EvaluateHook(EvaluationConfig(every_epochs=2), validate, log=None)]
+    trainer.fit()
+    assert epochs == [2, 4, 5] and trainer.state.best_epoch == 5
+
+
+def test_a_fresh_state_survives_json() -> None:
+    state = TrainState()
+    state.load_state_dict(json.loads(json.dumps(TrainState().state_dict(), allow_nan=False)))
+    assert state == TrainState()
+
+
+def test_a_checkpoint_knows_of_the_validation_before_it(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, keep=1)
+    tensors = {"w": torch.zeros(2)}
+    hooks = [evaluation([0.5, 0.1, 0.2]), CheckpointHook(CheckpointConfig(), manager, lambda: tensors)]
+    idle_trainer(hooks, epochs=3).fit()
+    # the best one, and the newest
+    assert manager.steps() == [BATCHES, 3 * BATCHES]
+    assert manager.load(BATCHES, tensors)["best_value"] == 0.5
+
+
+def test_a_stopped_run_saves_what_it_has_done_once(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, keep=9)
+    trainer = idle_trainer([CheckpointHook(CheckpointConfig(every_steps=2), manager, lambda: {"w": torch.zeros(2)})])
+    trainer.stop_requested = lambda: trainer.state.step == 2
+    trainer.fit()
+    assert manager.steps() == [2]
+    # stopped again at once: nothing new to save
+    inode = manager.path(2).stat().st_ino
+    trainer = idle_trainer(
+        [CheckpointHook(CheckpointConfig(), manager, lambda: {"w": torch.zeros(2)})], TrainState(batch=2, step=2)
+    )
+    trainer.stop_requested = lambda: True
+    trainer.fit()
+    assert manager.steps() == [2] and manager.path(2).stat().st_ino == inode
+
+
+def test_metrics_are_logged_by_step_number(tmp_path: Path) -> None:
+    config = LoggingConfig(every_steps=2, progress=False, tensorboard=False)
+    with MetricsLog(tmp_path, config, {}, resume_step=0) as log:
+        idle_trainer([LogHook(config, log)], TrainState(epoch=0, batch=1, step=1)).fit()
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert [line["train/loss"] for line in lines] == [1.0, 1.0, 1.0]
+    assert [line["train/epoch"] for line in lines] == pytest.approx([2 / 3, 4 / 3, 2.0])
+    for line in lines:
+        assert line["train/learning_rate"] == 0.5 and line["memory/peak_gib_per_rank"] > 0.01
+        assert line["speed/tokens_per_second"] > 0 and line["speed/seconds_per_step"] > 0
+
+
+def test_the_progress_bar_shows_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    idle_trainer([LogHook(LoggingConfig(every_steps=1), log=None)]).fit()
+    shown = capsys.readouterr().err
+    assert "6/6" in shown and "loss=1.0000" in shown
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 1), (2, 2), (4, 99)])
+def test_a_trace_of_the_chosen_steps_is_written(first: int, count: int, tmp_path: Path) -> None:
+    def step(batch: Any, tokens: int, position: tuple[int, int]) -> StepResult:
+        with torch.profiler.record_function(f"step {position[0]}"):
+            return StepResult(float(torch.ones(2).sum()), tokens, 0.0)
+
+    idle_trainer([ProfileHook(ProfileConfig(first_step=first, num_steps=count), tmp_path)], step=step).fit()
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    traced = {event["name"] for event in events if str(event.get("name", "")).startswith("step ")}
+    assert traced == {f"step {i}" for i in range(first, min(first + count, 2 * BATCHES))}
+
+
+def test_no_trace_unless_asked(tmp_path: Path) -> None:
+    idle_trainer([ProfileHook(ProfileConfig(), tmp_path)]).fit()
+    assert not list(tmp_path.iterdir())
