@@ -140,7 +140,8 @@ def _attention_backward(out: Tensor, lse: Tensor, grad_out: Tensor, *args: Any) 
 def _(*args: Any) -> tuple[Tensor, Tensor]:
     call = _call(args)
     lse = (call.q.shape[1], call.q.shape[0]) if _saves_lse(call.spec) else (0,)
-    return call.q.new_empty(call.q.shape[0], *call.v.shape[1:]), call.q.new_empty(lse, dtype=torch.float32)
+    lse_dtype = torch.float64 if call.spec.backend is Backend.NATIVE else torch.float32
+    return call.q.new_empty(call.q.shape[0], *call.v.shape[1:]), call.q.new_empty(lse, dtype=lse_dtype)
 
 
 @_attention_backward.register_fake

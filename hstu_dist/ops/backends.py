@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import logging
 from typing import cast
 
 import torch
@@ -12,8 +14,12 @@ from hstu_dist.errors import UserError
 from hstu_dist.ops.call import AttentionBackend
 from hstu_dist.ops.spec import Backend
 
+_LOG = logging.getLogger(__name__)
+
 _MODULES = {
     Backend.BLOCKED: "hstu_dist.ops.blocked",
+    Backend.NATIVE: "hstu_dist.ops.native",
+    Backend.TRITON: "hstu_dist.ops.triton",
 }
 
 
@@ -34,9 +40,22 @@ def load(backend: Backend) -> AttentionBackend:
         ) from error
 
 
+@functools.cache
+def _has_native() -> bool:
+    try:
+        importlib.import_module(_MODULES[Backend.NATIVE])
+    except ImportError as error:
+        _LOG.warning("attention on the CPU runs on the slower backend %s: %s", Backend.BLOCKED, error)
+        return False
+    return True
+
+
 def available(device: torch.device) -> list[Backend]:
     """Backends that run on a device, fastest first."""
-    return [Backend.BLOCKED, Backend.REFERENCE]
+    fast = [Backend.TRITON] if device.type == "cuda" and importlib.util.find_spec("triton") else []
+    if device.type == "cpu" and _has_native():
+        fast = [Backend.NATIVE]
+    return [*fast, Backend.BLOCKED, Backend.REFERENCE]
 
 
 def fastest(device: torch.device) -> Backend:
