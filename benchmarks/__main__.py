@@ -1,0 +1,100 @@
+"""Command line of the benchmarks: `python -m benchmarks NAME [options]`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, cast
+
+import torch
+
+from benchmarks.environment import ROOT
+from benchmarks.memory import keep_freed_memory
+from benchmarks.options import positive
+from benchmarks.results import RESULTS
+from hstu_dist.errors import UserError
+
+BENCHMARKS: Mapping[str, str] = {
+    "attention": "HSTU attention against torch's flash attention and the padded research code",
+    "kernels": "the Triton kernels compiled ahead of time: registers, spills, shared memory, roofline; needs no GPU",
+    "tables": "no measurement: renders the committed results into README.md",
+}
+"""Name of each benchmark, which is the name of its module, and what it measures."""
+
+
+class Benchmark(Protocol):
+    """What a benchmark's module offers; `add_options(parser)` beside it is optional."""
+
+    def run(self, options: argparse.Namespace) -> int:
+        """Measures, writes a result file and returns the exit status.
+
+        Args:
+            options: `device` (torch.device), `quick` (bool), `output` (folder of result files), `command` (what to
+                type to repeat it), and what `add_options` added.
+        """
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs one benchmark; returns the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(_overview())
+        return 0
+    try:
+        name = arguments[0]
+        if name not in BENCHMARKS:
+            raise UserError(f"benchmark: got {name!r}, expected one of {', '.join(BENCHMARKS)}", "see --help")
+        # imported by name, and only this one: each needs other packages
+        benchmark = importlib.import_module(f"benchmarks.{name}")
+        options = _options(name, arguments[1:], benchmark)
+        return cast(Benchmark, benchmark).run(options)
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+
+
+def _overview() -> str:
+    lines = [f"  {name:<12}{summary}" for name, summary in BENCHMARKS.items()]
+    usage = "usage: python -m benchmarks NAME [options]"
+    return "\n".join([usage, "", *lines, "", "python -m benchmarks NAME --help lists options", ""])
+
+
+def _options(name: str, arguments: Sequence[str], benchmark: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}", description=BENCHMARKS[name])
+    parser.add_argument("--device", type=_device, default=_default_device(), help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--quick", action="store_true", help="tiny smoke run; does not touch the committed results")
+    parser.add_argument("--output", type=Path, help="folder of the result files")
+    add_options = getattr(benchmark, "add_options", None)
+    if add_options is not None:
+        add_options(parser)
+    options = parser.parse_args(arguments)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if options.output is None:
+        whole = not options.quick and getattr(options, "only", None) is None
+        options.output = RESULTS if whole else ROOT / "runs" / "benchmarks"
+    options.command = shlex.join(["python", "-m", "benchmarks", name, *arguments])
+    return options
+
+
+def _default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _device(text: str) -> torch.device:
+    if text not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected cpu or cuda")
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("got cuda, but torch finds no GPU: use --device cpu")
+    return torch.device(text)
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    sys.exit(main(sys.argv[1:]))

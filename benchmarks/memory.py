@@ -1,0 +1,105 @@
+"""Memory in measurements: peak extra memory of a step, and an allocator that treats all contenders alike."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import multiprocessing
+import re
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness import Step
+
+log = logging.getLogger(__name__)
+
+Build = Callable[[], Step]
+"""Makes a step's inputs and returns the step; must be picklable (a partial of a module's function)."""
+
+MEGABYTE = 1e6
+
+# names and values from glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+_STATUS = Path("/proc/self/status")
+_RESET = Path("/proc/self/clear_refs")
+
+
+def peak_extra_mb(build: Build, rehearsal: Build, device: torch.device) -> float | None:
+    """How far memory rises above the inputs during one step, outputs and gradients included.
+
+    On a CPU the step runs in a process of its own, so that neither earlier peaks nor memory kept by the
+    allocator hide its own; on a GPU torch's allocator keeps the account.
+
+    Args:
+        build: the step to measure.
+        rehearsal: a tiny step of the same kind, run first: libraries and thread pools load once, and are
+            not what the step costs.
+        device: where the step runs.
+
+    Returns:
+        Megabytes (1e6 bytes), or None with a log line where the process died or the system does not tell.
+    """
+    if device.type == "cuda":
+        return _cuda_peak(build, rehearsal)
+    if not (_STATUS.exists() and _RESET.exists()):
+        log.warning("peak memory: not measured, %s is missing on this system", _RESET)
+        return None
+    # spawned, not forked: a forked process starts with its parent's memory
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(_process_peak, build, rehearsal, torch.get_num_threads()).result()
+        except BrokenProcessPool:
+            log.warning("peak memory: not measured, the process was killed (too little memory?)")
+            return None
+
+
+def keep_freed_memory() -> None:
+    """Lets this process keep freed memory for the next step, where the C library is glibc.
+
+    By default glibc returns large blocks to the system, or not, depending on what the process freed before. The
+    page faults that follow more than doubled the time of contenders with large temporaries, at the whim of
+    whose turn came before. Kept memory spares all of them these faults; it helps the padded baselines most.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _process_peak(build: Build, rehearsal: Build, threads: int) -> float:
+    torch.set_num_threads(threads)
+    rehearsal()()
+    step = build()
+    # sets the high-water mark back to the current size; getrusage cannot, and starts at the parent's
+    _RESET.write_text("5")
+    before = _kilobytes("VmRSS")
+    result = step()
+    peak = _kilobytes("VmHWM")
+    del result
+    return (peak - before) * 1024 / MEGABYTE
+
+
+def _kilobytes(field: str) -> int:
+    found = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(), flags=re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"{_STATUS}: got no field {field}, expected the kernel to give it")
+    return int(found[1])
+
+
+def _cuda_peak(build: Build, rehearsal: Build) -> float:
+    rehearsal()()
+    step = build()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return float(torch.cuda.max_memory_allocated() - before) / MEGABYTE

@@ -1,0 +1,40 @@
+"""Peak memory is what a step adds, whatever the measuring process or the parent held before."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.harness import Step
+from benchmarks.memory import peak_extra_mb
+
+CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+
+
+def filling(megabytes: int) -> Step:
+    """A step that fills memory and frees it; its input, just as large, must not count."""
+    source = torch.ones(megabytes * 250_000)
+    return lambda: source.clone().sum()
+
+
+def dying() -> Step:
+    return lambda: os._exit(1)
+
+
+def test_peak_is_what_the_step_added() -> None:
+    # larger than the step: a child that inherited its parent's high-water mark would report 0
+    held = torch.ones(300 * 250_000)
+    peak = peak_extra_mb(partial(filling, 100), partial(filling, 200), CPU)
+    assert peak is not None
+    assert 98 < peak < 110
+    assert held.numel()
+
+
+def test_a_killed_process_gives_no_figure() -> None:
+    assert peak_extra_mb(dying, partial(filling, 1), CPU) is None
