@@ -81,7 +81,7 @@ class TrainStep:
         if value != value or value in (float("inf"), float("-inf")):
             raise UserError(
                 f"step {step}: the loss is {value} on rank {self.world.rank}",
-                "lower the learning rates or set optimizer.clip_norm; the last checkpoint is intact",
+                "lower the learning rates or set optimizer.clip_norm, then continue from an earlier checkpoint",
             )
         # DDP and TorchRec average gradients over ranks; the mean wanted is over all positions of all ranks
         (loss_sum * (self.world.size / max(1, global_tokens))).backward()

@@ -19,6 +19,8 @@ RUNS = {
     "table_wise": ["embedding=table_wise"],
     "full_softmax": ["loss=full_softmax", "optimizer.clip_norm=0.5", "optimizer.schedule.kind=cosine"],
     "sasrec": ["model=sasrec", "optimizer.weight_decay=0.01"],
+    # Adagrad and Adam do not see a gradient that is too large by the number of ranks; these do
+    "scale": ["embedding.optimizer.kind=sgd", "embedding.optimizer.learning_rate=1.0", "optimizer.eps=1.0"],
     "reference": ["model.backend=reference"],
 }
 # 60 users in batches of 19: the last batch of an epoch has 3, and so no share for the fourth rank

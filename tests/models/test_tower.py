@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from hstu_dist.errors import UserError
+from hstu_dist.models import hstu, transformer
+from hstu_dist.models import tower as tower_module
 from hstu_dist.models.config import HSTUConfig, TransformerConfig
 from hstu_dist.ops import backends
+from hstu_dist.ops.random import TokenNoise
 from tests.models.cases import MAX_LENGTH, VARIANTS, batch_of, encode, tower_of
 
 BACKENDS = [str(backend) for backend in backends.available(torch.device("cpu"))]
@@ -52,6 +55,24 @@ def test_dropout_is_off_in_evaluation_and_random_in_training(variant: str) -> No
     assert torch.equal(trained, encode(tower, items, batch, noise_key=3))
     assert not torch.equal(trained, encode(tower, items, batch, noise_key=4))
     assert not torch.equal(trained, evaluated)
+
+
+@variants
+def test_every_dropout_draws_numbers_of_its_own(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[int] = []
+
+    def record(x: Tensor, rate: float, noise: TokenNoise | None) -> Tensor:
+        assert noise is not None and rate == 0.2
+        keys.append(noise.key)
+        return x
+
+    for module in (hstu, tower_module, transformer):
+        monkeypatch.setattr(module, "dropout", record)
+    tower, batch = tower_of(VARIANTS[variant]), batch_of([3])
+    for step in range(2):
+        encode(tower, torch.randn(3, tower.width), batch, noise_key=step)
+    # two layers of one or three, and the input
+    assert len(set(keys)) == len(keys) == 2 * (7 if variant == "sasrec" else 3)
 
 
 @variants

@@ -31,6 +31,8 @@ def evaluate_tiny(data: Path, output: Path, split: Split, *settings: str) -> lis
 
 def test_a_run_ends_with_a_result_that_evaluation_confirms(tiny_data: Path, tmp_path: Path) -> None:
     settings = ["trainer.logging.tensorboard=true", "trainer.epochs=3", "trainer.logging.every_steps=4"]
+    # too fast: an early epoch is the best, and only its checkpoint gives the result
+    settings += ["optimizer.learning_rate=0.3", "trainer.checkpoint.keep=1"]
     said, silent = run_ranks(2, train_tiny, tiny_data, tmp_path, *settings)
     assert not silent
     run_dir = tmp_path / "tiny"
@@ -45,6 +47,7 @@ def test_a_run_ends_with_a_result_that_evaluation_confirms(tiny_data: Path, tmp_
     validated = {line["step"]: line["validation/ndcg@10"] for line in lines if "validation/ndcg@10" in line}
     assert list(validated) == [8, 16, 24]
     best = max(validated.values())
+    assert result["best_epoch"] < 3
     assert result["validation"] == {"ndcg@10": best} and validated[8 * result["best_epoch"]] == best
 
     assert any(f"{result['test']['hr@10']:.4f}" in line for line in said)

@@ -118,19 +118,19 @@ def evaluation(values: list[float], **settings: Any) -> EvaluateHook:
 
 
 def test_the_best_epoch_is_remembered_and_patience_ends_the_run() -> None:
-    trainer = idle_trainer([evaluation([0.1, 0.3, 0.3, 0.2, 0.9], patience=2)], epochs=9)
+    trainer = idle_trainer([evaluation([0.2, 0.1, 0.3, 0.3, 0.2, 0.9], patience=2)], epochs=9)
     trainer.fit()
     state = trainer.state
-    # an equal value is no better
-    assert (state.best_epoch, state.best_step, state.best_value) == (2, 2 * BATCHES, 0.3)
-    assert state.stopped_early and state.epoch == 4 and not trainer.interrupted
+    # an equal value is no better; a better one starts the count anew
+    assert (state.best_epoch, state.best_step, state.best_value) == (3, 3 * BATCHES, 0.3)
+    assert state.stopped_early and state.epoch == 5 and not trainer.interrupted
     # and the end of it survives a restart
     restored = TrainState()
     restored.load_state_dict(json.loads(json.dumps(state.state_dict())))
     assert restored == state
     again = idle_trainer(state=restored, epochs=9)
     again.fit()
-    assert again.state.step == 4 * BATCHES
+    assert again.state.step == 5 * BATCHES
 
 
 def test_validation_comes_every_few_epochs_and_at_the_end() -> None:

@@ -1,0 +1,63 @@
+"""Evaluation equals ranking each user alone: encode the history, compare by cosine, leave seen items out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hstu_dist.batch import JaggedBatch
+from hstu_dist.data.split import Split
+from hstu_dist.metrics.ranking import RankingMetrics
+from tests.distributed.cases import build, tiny_config
+from tests.tiny import NUM_ITEMS, NUM_USERS
+from tests.train.cases import WORLD
+
+
+@pytest.mark.parametrize("split", [Split.VALIDATION, Split.TEST])
+def test_equals_ranking_each_user_alone(split: Split, tiny_data: Path) -> None:
+    session = build(tiny_config(tiny_data, Path("unused"), "trainer.evaluation.batch_size=7"), WORLD)
+    data = session.dataset
+    # lengths of the rows differ by far, as they do after training: cosine is not the inner product
+    (weight,) = session.recommender.table.sharded.state_dict().values()
+    weight.local_shards()[0].tensor.mul_(torch.logspace(-2, 2, NUM_ITEMS)[:, None])
+    corpus = session.recommender.corpus()
+    ranks = []
+    for user in range(data.num_sequences):
+        events = data.item_ids[data.offsets[user] : data.offsets[user + 1]].tolist()
+        times = torch.from_numpy(data.timestamps[data.offsets[user] : data.offsets[user + 1]].copy())
+        if split is Split.VALIDATION:
+            events, times = events[:-1], times[:-1]
+        *history, target = events[-17:]
+        alone = JaggedBatch(
+            offsets=torch.tensor([0, len(history)]),
+            item_ids=torch.tensor(history),
+            timestamps=times[-17:][:-1].clone(),
+            actions=torch.zeros(len(history), dtype=torch.int32),
+            target_ids=torch.tensor(events[-16:][-len(history) :]),
+            query_times=times[-len(history) :].clone(),
+            row_ids=torch.tensor([user]),
+        )
+        vector = session.recommender.encode_local(corpus[alone.item_ids], alone)[-1]
+        scores = torch.nn.functional.cosine_similarity(corpus.double(), vector.double()[None], dim=1)
+        scores[list(set(history) - {target})] = -2.0
+        ranks.append(1 + int((scores > scores[target]).sum()))
+    assert len(ranks) == NUM_USERS
+    cutoffs = session.config.trainer.evaluation.cutoffs
+    expected = RankingMetrics.of_ranks(torch.tensor(ranks), cutoffs).values()
+    assert session.evaluate(split) == pytest.approx(expected, rel=1e-12)
+
+
+def test_popularity_ranks_by_training_counts(tiny_data: Path) -> None:
+    session = build(tiny_config(tiny_data, Path("unused")), WORLD)
+    data = session.dataset
+    users = [data.item_ids[data.offsets[u] : data.offsets[u + 1]].tolist() for u in range(data.num_sequences)]
+    counts = [sum(events[:-2].count(item) for events in users) for item in range(NUM_ITEMS)]
+    ranks = []
+    for events in users:
+        *history, target = events[-17:]
+        others = set(range(NUM_ITEMS)) - set(history) - {target}
+        ranks.append(1 + sum((-counts[item], item) < (-counts[target], target) for item in others))
+    expected = RankingMetrics.of_ranks(torch.tensor(ranks), session.config.trainer.evaluation.cutoffs).values()
+    assert session.evaluate_popularity(Split.TEST) == pytest.approx(expected, rel=1e-12)
