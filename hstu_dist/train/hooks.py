@@ -48,7 +48,14 @@ class LogHook(Hook):
         self._since = time.perf_counter()
         if trainer.world.is_main and self.config.progress:
             state = trainer.state
-            self._bar = tqdm(total=trainer.total_steps, initial=state.step, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(
+                total=trainer.total_steps,
+                initial=state.step,
+                unit="step",
+                dynamic_ncols=True,
+                # None: no bar where nobody watches, such as a log file
+                disable=None,
+            )
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Adds the step up and writes every few of them."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -191,10 +193,14 @@ def test_metrics_are_logged_by_step_number(tmp_path: Path) -> None:
         assert line["speed/tokens_per_second"] > 0 and line["speed/seconds_per_step"] > 0
 
 
-def test_the_progress_bar_shows_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("watched", [True, False])
+def test_the_progress_bar_shows_the_run_to_a_terminal(watched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    screen.isatty = lambda: watched  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", screen)
     idle_trainer([LogHook(LoggingConfig(every_steps=1), log=None)]).fit()
-    shown = capsys.readouterr().err
-    assert "6/6" in shown and "loss=1.0000" in shown
+    shown = screen.getvalue()
+    assert ("6/6" in shown and "loss=1.0000" in shown) if watched else not shown
 
 
 @pytest.mark.parametrize(("first", "count"), [(0, 1), (2, 2), (4, 99)])
