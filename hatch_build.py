@@ -43,7 +43,7 @@ def find_compiler() -> list[str] | None:
 def _units() -> list[tuple[str, list[str]]]:
     """Source file and flags of every object; the kernels are compiled once for each instruction set."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    kernels = {"portable": [], **({"avx2": _AVX2, "avx512": _AVX512} if x86 else {})}
+    kernels: dict[str, list[str]] = {"portable": [], **({"avx2": _AVX2, "avx512": _AVX512} if x86 else {})}
     defines = ["-DHSTU_X86"] if x86 else []
     return [
         ("driver.cpp", defines),
@@ -82,6 +82,12 @@ def build(compiler: Sequence[str], library: Path, extra_flags: Sequence[str] = (
         fresh.replace(library)
 
 
+def _gist(message: str) -> str:
+    """The line of a compiler's output that says what is wrong."""
+    lines = message.splitlines() or ["no message"]
+    return next((line for line in lines if "error" in line), lines[0]).strip()
+
+
 def try_build() -> bool:
     """Whether LIBRARY was built; says on standard error why not."""
     compiler = find_compiler()
@@ -93,10 +99,10 @@ def try_build() -> bool:
         try:
             build(compiler, LIBRARY)
         except (OSError, RuntimeError) as error:
-            reason = f"{compiler[0]} failed: {str(error).splitlines()[0] if str(error) else 'no message'}"
+            reason = f"{compiler[0]} failed: {_gist(str(error))}"
         else:
             return True
-    print(f"hstu_dist: native attention kernels not built, PyTorch serves instead: {reason}", file=sys.stderr)  # noqa: T201
+    sys.stderr.write(f"hstu_dist: native attention kernels not built, PyTorch serves instead: {reason}\n")
     return False
 
 

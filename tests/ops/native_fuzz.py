@@ -32,7 +32,7 @@ class Arena:
         """Address of a copy; null for an empty array, as PyTorch has it."""
         if values.size == 0:
             return None
-        copy = (ctypes.c_char * values.nbytes).from_buffer_copy(np.ascontiguousarray(values))
+        copy = (ctypes.c_char * values.nbytes).from_buffer_copy(values.tobytes())
         self.alive.append(copy)
         return ctypes.addressof(copy)
 

@@ -43,10 +43,10 @@ struct BackwardScratch {
   alignas(64) T grad_buckets[kBuckets * kGroup];
 };
 
-// Buffers whose size depends on the call; each starts on a cache line.
+// Buffers whose size depends on the call.
 template <typename T>
 struct BackwardBuffers {
-  T* grad_query;     // [kBlock, Q rounded up]
+  T* grad_query;  // [kBlock, Q rounded up]
   // by distance to the chunk's first key; double, because all targets share one position
   double* grad_position;
   T* heads;
@@ -57,8 +57,8 @@ int64_t backward_head_size(const HstuCall& call) {
   return kBlock * (2 * call.q_width + 2 * call.v_width + round_up(call.q_width, kGroup));
 }
 
-inline int64_t position_sum_size(const Plan& plan) {
-  return plan.call->position_weight == nullptr ? 0 : round_up(plan.max_keys, kBlock) + kBlock + kChunk;
+inline int64_t position_sum_size(const HstuCall& call, int64_t keys) {
+  return call.position_weight == nullptr ? 0 : round_up(keys, kBlock) + kBlock + kChunk;
 }
 
 template <typename T>
@@ -67,7 +67,7 @@ BackwardBuffers<T> backward_buffers(const Plan& plan, void* scratch) {
   BackwardBuffers<T> b;
   b.grad_query = reinterpret_cast<T*>(static_cast<char*>(scratch) + round_up(sizeof(BackwardScratch<T>), 64));
   b.grad_position = reinterpret_cast<double*>(b.grad_query + kBlock * q_row);
-  b.heads = reinterpret_cast<T*>(b.grad_position + position_sum_size(plan));
+  b.heads = reinterpret_cast<T*>(b.grad_position + position_sum_size(*plan.call, plan.max_keys));
   return b;
 }
 
@@ -75,7 +75,8 @@ template <typename T>
 int64_t backward_scratch(const Plan& plan) {
   const HstuCall& call = *plan.call;
   const int64_t rows = kBlock * round_up(call.q_width, kGroup);
-  return round_up(sizeof(BackwardScratch<T>), 64) + static_cast<int64_t>(sizeof(double)) * position_sum_size(plan) +
+  const int64_t sums = position_sum_size(call, plan.max_keys);
+  return round_up(sizeof(BackwardScratch<T>), 64) + static_cast<int64_t>(sizeof(double)) * sums +
          static_cast<int64_t>(sizeof(T)) * (rows + kChunkBlocks * plan.group_heads * backward_head_size<T>(call));
 }
 
@@ -198,14 +199,13 @@ void backward_tile(const HstuCall& call, BackwardScratch<T>& x, SharedTile<T>& t
   }
   for_runs(tile.cells, [&](int r, int rows, int lane, int lanes) {
     const int at = r * kBlock + lane;
-    multiply<true>(Product<T>{g + r * g_row, 1, g_row, x.weights + at, kBlock, head.grad_value + lane, kBlock,
-                              rows},
+    multiply<true>(Product<T>{g + r * g_row, 1, g_row, x.weights + at, kBlock, head.grad_value + lane, kBlock, rows},
                    call.v_width, lanes);
-    multiply<true>(Product<T>{q + r * call.q_stride, 1, call.q_stride, x.grad_scores + at, kBlock, head.grad_key + lane, kBlock,
-                              rows},
+    multiply<true>(Product<T>{q + r * call.q_stride, 1, call.q_stride, x.grad_scores + at, kBlock, head.grad_key + lane,
+                              kBlock, rows},
                    call.q_width, lanes);
     multiply<true>(Product<T>{x.grad_scores + at, kBlock, 1, head.key_rows + lane * q_row, q_row,
-                               grad_query + r * q_row, q_row, lanes},
+                              grad_query + r * q_row, q_row, lanes},
                     rows, q_row);
   });
 }
@@ -326,7 +326,7 @@ void backward_task(const Plan& plan, const Task& task, void* scratch) {
   const int32_t first_distance = first_key - static_cast<int32_t>(round_up(s.keys, kGroup)) - kBlock;
   if (biased) {
     __builtin_memset(x.grad_buckets, 0, sizeof x.grad_buckets);
-    __builtin_memset(b.grad_position, 0, sizeof(double) * static_cast<size_t>(position_sum_size(plan)));
+    __builtin_memset(b.grad_position, 0, sizeof(double) * static_cast<size_t>(position_sum_size(call, s.keys)));
   }
   for (SharedTile<T>* tile = tiles; tile < end; ++tile) {
     tile->first_key = first_key + static_cast<int32_t>(tile - tiles) * kBlock;

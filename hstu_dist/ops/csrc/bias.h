@@ -22,6 +22,39 @@ inline uint8_t bucket_of(const BucketTable& table, uint64_t elapsed) {
   return static_cast<uint8_t>(table.base[cell] + (elapsed >= table.boundary[cell]));
 }
 
+// Buckets of the times of a group of lanes as seen from `time`.
+inline void load_buckets(const BucketTable& table, const int64_t* times, int64_t time, uint8_t* buckets) {
+#if defined(__AVX512DQ__)
+  const __m512i from = _mm512_set1_epi64(time);
+  const __m512i low = _mm512_abs_epi64(_mm512_sub_epi64(_mm512_loadu_si512(times), from));
+  const __m512i high = _mm512_abs_epi64(_mm512_sub_epi64(_mm512_loadu_si512(times + 8), from));
+  const __m512 elapsed =
+      _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtepu64_ps(low)), _mm512_cvtepu64_ps(high), 1);
+  // log2 to 2e-5: too coarse only near a boundary, where the table decides
+  const __m512 m = _mm512_getmant_ps(elapsed, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero);
+  __m512 p = _mm512_set1_ps(0.0439286278f);
+  p = p * m - 0.409475586f;
+  p = p * m + 1.61017755f;
+  p = p * m - 3.52021884f;
+  p = p * m + 5.06975632f;
+  p = p * m - 2.79415368f;
+  const __m512 position = (p + _mm512_getexp_ps(elapsed)) * 2.302814f;  // ln 2 / 0.301
+  const __m512 down = _mm512_roundscale_ps(position, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  const __m512 rest = position - down;
+  const __mmask16 beyond_one = _mm512_cmp_ps_mask(elapsed, _mm512_set1_ps(1.0f), _CMP_GT_OQ);
+  unsigned unsure = _mm512_mask_cmp_ps_mask(beyond_one, rest, _mm512_set1_ps(3e-4f), _CMP_LT_OQ) |
+                    _mm512_mask_cmp_ps_mask(beyond_one, rest, _mm512_set1_ps(1 - 3e-4f), _CMP_GT_OQ);
+  const __m512 capped = _mm512_maskz_min_ps(beyond_one, down, _mm512_set1_ps(kBuckets - 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(buckets), _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(capped)));
+  for (; unsure != 0; unsure &= unsure - 1) {
+    const int l = __builtin_ctz(unsure);
+    buckets[l] = bucket_of(table, magnitude(difference(times[l], time)));
+  }
+#else
+  for (int l = 0; l < kGroup; ++l) buckets[l] = bucket_of(table, magnitude(difference(times[l], time)));
+#endif
+}
+
 // Positions and times of the queries or keys along one side of a tile.
 struct Axis {
   int32_t count;
@@ -91,10 +124,8 @@ void load_bias(const Plan& plan, const Cells& cells, const Axis& rows, const Axi
           for (int l = 0; l < kGroup; ++l) value[l] += times[shared];
         } else {
           uint8_t* bucket = out.bucket + r * kBlock + lane;
-          for (int l = 0; l < kGroup; ++l) {
-            bucket[l] = bucket_of(*plan.buckets, magnitude(difference(lanes.time[lane + l], rows.time[r])));
-            value[l] += times[bucket[l]];
-          }
+          load_buckets(*plan.buckets, lanes.time + lane, rows.time[r], bucket);
+          for (int l = 0; l < kGroup; ++l) value[l] += times[bucket[l]];
         }
       }
       __builtin_memcpy(out.value + r * kBlock + lane, value, sizeof value);

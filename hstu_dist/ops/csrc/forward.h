@@ -36,7 +36,8 @@ int64_t forward_scratch(const Plan& plan) {
 
 // weights = SiLU(scores + bias), zero where hidden; 1/n comes last, on the output.
 template <typename T, bool Masked>
-inline void silu_cell(ForwardScratch<T>& x, const Queries<T>& queries, bool biased, int32_t first_key, int row, int end_row, int lane) {
+inline void silu_cell(ForwardScratch<T>& x, const Queries<T>& queries, bool biased, int32_t first_key, int row,
+                      int end_row, int lane) {
   for (int r = row; r < end_row; ++r)
 #pragma GCC unroll 8
     for (int l = lane; l < lane + kGroup; l += kLanes<T>) {
@@ -61,7 +62,8 @@ void silu_tile(ForwardScratch<T>& x, const Queries<T>& queries, bool biased, int
 
 // Running softmax: rescales what a head has so far to the new maximum of each query.
 template <typename T>
-void softmax_tile(ForwardScratch<T>& x, const Queries<T>& queries, ForwardHead<T>& head, bool biased, int32_t first_key, int64_t v_width) {
+void softmax_tile(ForwardScratch<T>& x, const Queries<T>& queries, ForwardHead<T>& head, bool biased, int32_t first_key,
+                  int64_t v_width) {
   const V<T> hidden = splat(T(-1e30));
   V<T> maximum[kBlock / kLanes<T>];
   for (int l = 0; l < kBlock; l += kLanes<T>) maximum[l / kLanes<T>] = load(head.maximum + l);

@@ -14,10 +14,13 @@ struct Rows {
   Rows from(int64_t r) const { return {first + r * stride, stride, width}; }
 };
 
+constexpr int64_t kLine = 64;  // bytes of a cache line
+
 template <typename T>
 inline void fetch(Rows<T>& rows, int64_t count) {
   for (; count > 0; --count, rows.first += rows.stride)
-    for (int64_t c = 0; c < rows.width; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(rows.first + c, 0, 2);
+    for (int64_t c = 0; c < rows.width; c += kLine / static_cast<int64_t>(sizeof(T)))
+      __builtin_prefetch(rows.first + c, 0, 2);
 }
 
 template <typename T>

@@ -12,7 +12,7 @@
 namespace hstu {
 
 constexpr int kBlock = 64;        // queries or keys of a block
-constexpr int kChunk = 128;       // queries of a forward task, keys of a backward task: what is streamed serves them all
+constexpr int kChunk = 128;       // queries of a forward task, keys of a backward task: they share what streams past
 constexpr int kChunkBlocks = kChunk / kBlock;
 constexpr int kGroup = 16;        // granularity at which hidden parts of a block are skipped
 constexpr int kGroups = kBlock / kGroup;

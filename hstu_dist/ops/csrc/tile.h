@@ -68,8 +68,8 @@ void load_cells(const Queries<T>& queries, int32_t first_key, int32_t keys, Cell
       const int32_t key = first_key + (QueryLanes ? r : l) * kGroup;
       const bool outside = r * kGroup >= out.rows || l * kGroup >= lanes;
       // keys past the end are never visible, so that their cell counts as partial
-      const CellState state =
-          outside ? kHidden : cell_state(queries.least_of[q], queries.most_of[q], key, QueryLanes ? least(key + kGroup, keys) : key + kGroup);
+      const int32_t key_end = QueryLanes ? least(key + kGroup, keys) : key + kGroup;
+      const CellState state = outside ? kHidden : cell_state(queries.least_of[q], queries.most_of[q], key, key_end);
       out.state[r][l] = state;
       if (state == kHidden) {
         out.complete = false;
