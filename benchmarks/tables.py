@@ -22,6 +22,8 @@ _TITLES = {
 def render(folder: Path = RESULTS) -> str:
     """Markdown of every shown result file that exists."""
     shown = [(title, load(name, folder)) for name, title in _TITLES.items() if (folder / f"{name}.json").exists()]
+    if not shown:
+        return "No result file is committed yet; `python -m benchmarks --help` lists what can be measured.\n"
     return "\n".join(f"{title}\n\n{ratios_table(results)}\n{_origin(results)}\n" for title, results in shown)
 
 
