@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     from hstu_dist.ops.triton.launch import architecture_of
 
     table, architecture = configs.default_table(), architecture_of(device)
-    for key in sorted(key for key in table if key.architecture is architecture):
+    for key in sorted(key for key in table if key.architecture is architecture and key.width):
         start = table[key]
         bench = Bench.of(key, table, device, forward_only=key.kernel is configs.Kernel.FORWARD)
         table[key] = climb(start, neighbours, bench.rank)

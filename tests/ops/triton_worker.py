@@ -1,0 +1,126 @@
+"""Runs the Triton kernels in Triton's interpreter and prints what is wrong with each check, as JSON lines.
+
+A process of its own, because Triton decides between compiling and interpreting once, when it is imported:
+
+    TRITON_INTERPRET=1 python -m tests.ops.triton_worker
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+
+from hstu_dist.ops.bias import time_bucket
+from hstu_dist.ops.spec import Activation, AttentionSpec, Backend
+from hstu_dist.ops.triton.arguments import Bias, Line, Sequences, Variant
+from hstu_dist.ops.triton.launch import bucket_thresholds
+from hstu_dist.ops.triton.tiles import side
+from hstu_dist.ops.triton.times import base_time, far_kernel, time_buckets
+from tests.ops.cases import CASES, Case, assert_close_to_reference, problem
+from tests.ops.triton_checks import HALF_CASES, NAMES
+
+OWN_KEY_ONLY = AttentionSpec(normalizer=3.0, window=1)
+YEARS_100 = 100 * 365 * 86_400
+
+
+def parity(case: Case, dtype: torch.dtype, stretch: int = 1) -> None:
+    """Output and gradients against the reference; `stretch` multiplies all times."""
+    p = problem(case)
+    p = replace(p, query_times=p.query_times * stretch, key_times=p.key_times * stretch)
+    # the backward of a softmax subtracts a row sum taken from the rounded output: four roundings where eager has two
+    slack = 4.0 if case.spec.activation is Activation.SOFTMAX else 2.0
+    assert_close_to_reference(p, p.run(Backend.TRITON, dtype), dtype, slack)
+
+
+@triton.jit
+def _bucket_kernel(bias, out, queries, keys, V: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * V.keys.rows
+    row = start * 0
+    base = base_time(bias.query_times, row)
+    query = side(bias.query_times, base, 0, row, queries, V.queries)
+    key = side(bias.key_times, base, 0, start, keys - start, V.keys)
+    r = tl.arange(0, V.queries.rows)[:, None]
+    c = start + tl.arange(0, V.keys.rows)[None, :]
+    tl.store(out + r * keys + c, time_buckets(query, key, bias, V), mask=(r < queries) & (c < keys))
+
+
+def buckets(far: bool) -> None:
+    """Time buckets equal `bias.time_bucket`, at every threshold and power of two and one second beside them."""
+    thresholds = bucket_thresholds(torch.device("cpu"))
+    edges = torch.cat([thresholds, 2 ** torch.arange(61)])
+    elapsed = torch.cat([edges - 1, edges, edges + 1, torch.randint(0, 2**31, (1000,))])
+    if not far:
+        elapsed = elapsed[elapsed < 2**31 - 1]
+    for key_times in (elapsed, -elapsed):
+        query_times = torch.zeros(4, dtype=torch.int64)
+        if far:
+            query_times[1:] = torch.randint(-(2**60), 2**60, (3,))
+        got = torch.empty(4, key_times.numel(), dtype=torch.int32)
+        bias = Bias(None, 0, None, thresholds, query_times, key_times)
+        variant = _variant(queries=Line(4, True), keys=Line(256, False), far=far)
+        _bucket_kernel[(-(-key_times.numel() // 256),)](bias, got, 4, key_times.numel(), variant)
+        wrong = got != time_bucket(query_times[:, None] - key_times[None, :])
+        assert not wrong.any(), f"{int(wrong.sum())} buckets differ"
+
+
+def _variant(queries: Line, keys: Line, far: bool) -> Variant:
+    fields = dict.fromkeys(("q", "k", "v", "out", "softmax", "window", "prefix", "exact", "precision"))
+    return Variant(queries=queries, keys=keys, far=far, **fields)  # type: ignore[arg-type]
+
+
+def far_sequences() -> None:
+    """A sequence is far from 2^31 - 1 seconds between two of its times on, whether of queries or keys."""
+    limit = 2**31 - 1
+    offsets = torch.tensor([0, 2, 4, 6, 6, 7])
+    query_times = torch.tensor([0, limit - 1, -5, limit - 5, 7, 7, 10**12])
+    key_times = torch.tensor([0, 3, -5, 0, 7, 7 - 2**40, 10**12])
+    far = torch.empty(5, dtype=torch.int32)
+    sequences = Sequences(offsets, None, None, None, far)
+    far_kernel[(5,)](sequences, Bias(None, 0, None, None, query_times, key_times))
+    assert far.tolist() == [0, 1, 1, 0, 0], far.tolist()
+
+
+def checks() -> dict[str, Callable[[], None]]:
+    # no bfloat16: the interpreter multiplies the bit patterns of bfloat16 as if they were integers
+    by_name = {case.name: case for case in CASES}
+    parities = [
+        *(partial(parity, case, torch.float32) for case in CASES),
+        *(partial(parity, by_name[name], torch.float16) for name in HALF_CASES),
+    ]
+    timed = Case(name="far", lengths=(20, 0, 33))
+    others = [
+        partial(parity, timed, torch.float32, stretch=YEARS_100),
+        partial(parity, Case(name="own", lengths=(5, 40), spec=OWN_KEY_ONLY), torch.float32),
+        partial(buckets, far=False),
+        partial(buckets, far=True),
+        far_sequences,
+    ]
+    return dict(zip(NAMES, [*parities, *others], strict=True))
+
+
+def main() -> None:
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    # exp2 of a very negative score is infinite, and its reciprocal is the right zero
+    warnings.filterwarnings("ignore", message="overflow encountered in exp2")
+    for name, check in checks().items():
+        torch.manual_seed(0)
+        problem_found = ""
+        try:
+            check()
+        except Exception as error:
+            problem_found = f"{type(error).__name__}: {error}"
+        sys.stdout.write(json.dumps({"check": name, "problem": problem_found}) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
