@@ -15,6 +15,10 @@ _CHECKPOINTS_AT_ONCE = 3
 """Checkpoints on disk while one is written: the kept ones are the user's choice, best and new come on top."""
 
 
+_LEAST_EVENTS = 4
+"""Two to train on, one input and its target, and one each for validation and test."""
+
+
 def preflight(config: RunConfig, world_size: int) -> Manifest:
     """Checks a run on the machine that is going to start it.
 
@@ -29,14 +33,21 @@ def preflight(config: RunConfig, world_size: int) -> Manifest:
         UserError: one line that says what does not fit and how to mend it.
     """
     manifest = load_manifest(Path(config.data.path))
-    table_bytes = check_plan(config, manifest.num_items, world_size)
+    if manifest.max_length < _LEAST_EVENTS:
+        raise UserError(
+            f"data set {config.data.path}: its longest sequence has {manifest.max_length} events, "
+            f"leave-one-out training needs at least {_LEAST_EVENTS}",
+            "prepare a data set with more events per user",
+        )
+    check_plan(config, manifest.num_items, world_size)
     copies = config.trainer.checkpoint.keep + _CHECKPOINTS_AT_ONCE
-    RunFolder(config.run_dir).check(config, needed_bytes=table_bytes * world_size * copies + (1 << 20))
+    table_bytes = config.embedding.bytes_per_rank(manifest.num_items, config.model.width, world_size=1)
+    RunFolder(config.run_dir).check(config, needed_bytes=table_bytes * copies + (1 << 20))
     return manifest
 
 
-def check_plan(config: RunConfig, num_items: int, world_size: int) -> int:
-    """Bytes of table and optimizer state on the fullest rank.
+def check_plan(config: RunConfig, num_items: int, world_size: int) -> None:
+    """Whether the fullest rank can hold its share of table and optimizer state.
 
     Raises:
         UserError: more ranks than rows, or more bytes than a rank has.
@@ -57,10 +68,9 @@ def check_plan(config: RunConfig, num_items: int, world_size: int) -> int:
             f"{world_size} ranks, {embedding.sharding}), {limit / 2**30:.2f} GiB available",
             f"{remedy} (cluster.memory_per_rank_gib)",
         )
-    return needed
 
 
 def _memory_per_rank(config: RunConfig) -> int:
     if config.cluster.memory_per_rank_gib is not None:
-        return int(config.cluster.memory_per_rank_gib * 2**30)
+        return max(1, int(config.cluster.memory_per_rank_gib * 2**30))
     return memory_per_rank(int(os.environ.get("LOCAL_WORLD_SIZE", config.nproc)))

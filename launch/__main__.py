@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from hstu_dist.commands.result_table import result_table
+from hstu_dist.commands.result_table import finished_report
 from hstu_dist.config import compose, groups_help, save
 from hstu_dist.console import report, say
 from hstu_dist.errors import ExitCode, UserError
@@ -42,8 +42,7 @@ def _launch(arguments: Sequence[str], dry_run: bool) -> int:
     folder = RunFolder(config.run_dir)
     result = folder.finished(config.trainer.epochs)
     if result is not None:
-        say(f"run {config.run_dir}: already finished at epoch {result['epochs']}, step {result['steps']}")
-        say(result_table(config, result))
+        say(finished_report(config, result))
         return ExitCode.FINISHED
     save(config, folder.launch_file)
     return local.run(command, environment)

@@ -11,6 +11,12 @@ from rich.table import Table
 from hstu_dist.config import RunConfig
 
 
+def finished_report(config: RunConfig, result: dict[str, Any]) -> str:
+    """What a run that has nothing left to train shows: where it ended, and its result."""
+    ended = f"run {config.run_dir}: already finished at epoch {result['epochs']}, step {result['steps']}"
+    return f"{ended}\n{result_table(config, result)}"
+
+
 def result_table(config: RunConfig, result: dict[str, Any]) -> str:
     """One row a metric: this run's test figure, popularity, published.
 

@@ -12,7 +12,6 @@ from hstu_dist.data.loader import BatchLoader, Shard, popularity
 from hstu_dist.data.split import Split
 from hstu_dist.distributed.process_group import World
 from hstu_dist.distributed.recommender import Recommender
-from hstu_dist.errors import UserError
 from hstu_dist.train.evaluate import evaluate, evaluate_popularity
 from hstu_dist.train.optimizer import Optimizers
 
@@ -51,13 +50,7 @@ class Session:
             seed=self.config.seed,
             shuffle=training,
         )
-        loader = BatchLoader(self.dataset, settings, Shard(rank=self.world.rank, world_size=self.world.size))
-        if len(loader) == 0:
-            raise UserError(
-                f"data set {self.config.data.path}: no sequence is long enough for the {split} split",
-                "leave-one-out needs users with at least 4 events; lower data.min_user_events cannot help",
-            )
-        return loader
+        return BatchLoader(self.dataset, settings, Shard(rank=self.world.rank, world_size=self.world.size))
 
     def evaluate(self, split: Split) -> dict[str, float]:
         """Metrics of the current weights on a split."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from hstu_dist.checkpoint.manager import CheckpointManager
-from hstu_dist.commands.result_table import result_table
+from hstu_dist.commands.result_table import finished_report, result_table
 from hstu_dist.commands.session import Session
 from hstu_dist.config import RunConfig, to_dict
 from hstu_dist.data.split import Split
@@ -38,6 +38,11 @@ def train(config: RunConfig, say: Callable[[str], None]) -> None:
     folder = RunFolder(config.run_dir)
     with process_group(config.trainer.device, config.trainer.timeout_seconds) as world:
         preflight(config, world.size)
+        result = folder.finished(config.trainer.epochs)
+        if result is not None:
+            if world.is_main:
+                say(finished_report(config, result))
+            return
         set_threads(config.trainer.threads, world)
         with folder.lock() if world.is_main else contextlib.nullcontext():
             _run(config, world, folder, say)
@@ -47,16 +52,15 @@ def _run(config: RunConfig, world: World, folder: RunFolder, say: Callable[[str]
     session = Session.build(config, world)
     checkpoints = CheckpointManager(folder.checkpoints, config.trainer.checkpoint.keep)
     state = restore(session, checkpoints)
-    finished = folder.result() is not None and (state.stopped_early or state.epoch >= config.trainer.epochs)
     if world.is_main:
-        _announce(session, state, finished, say)
+        _announce(session, state, say)
         folder.describe(config)
-    if not finished and not _fit(session, checkpoints, state, folder):
+    if not _fit(session, checkpoints, state, folder):
         if world.is_main:
             say(f"stopped at step {state.step}; the same command continues")
         return
-    result = folder.result() if finished else _test(session, checkpoints, state)
-    if world.is_main and result is not None:
+    result = _test(session, checkpoints, state)
+    if world.is_main:
         folder.finish(result)
         say(result_table(config, result))
 
@@ -70,16 +74,14 @@ def restore(session: Session, checkpoints: CheckpointManager) -> TrainState:
     return state
 
 
-def _announce(session: Session, state: TrainState, finished: bool, say: Callable[[str], None]) -> None:
+def _announce(session: Session, state: TrainState, say: Callable[[str], None]) -> None:
     config, manifest = session.config, session.dataset.manifest
     say(
         f"run {config.run_dir}: {manifest.name}, {manifest.num_users} users, {manifest.num_items} items, "
         f"{manifest.num_events} events, {session.world.size} ranks"
     )
     say(session.recommender.table.describe())
-    if finished:
-        say(f"already finished at epoch {state.epoch}, step {state.step}")
-    elif state.step:
+    if state.step:
         say(f"continuing at epoch {state.epoch}, step {state.step}")
 
 

@@ -1,0 +1,55 @@
+"""What a run is refused for before any rank starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hstu_dist.config import RunConfig, compose
+from hstu_dist.data.config import EventsConfig
+from hstu_dist.data.prepare import prepare
+from hstu_dist.errors import UserError
+from hstu_dist.preflight import check_plan, preflight
+from hstu_dist.run_folder import RunFolder
+from tests.tiny import NUM_ITEMS, tiny_overrides
+
+GIB = 2**30
+
+
+def run(tmp_path: Path, data: Path, *overrides: str) -> RunConfig:
+    return compose([*tiny_overrides(data, tmp_path / "runs"), *overrides])
+
+
+@pytest.mark.parametrize(("events", "enough"), [(3, False), (4, True)])
+def test_leave_one_out_needs_four_events_of_somebody(events: int, enough: bool, tmp_path: Path) -> None:
+    log = tmp_path / "events.csv"
+    lines = [f"{user},{item},{100 + item}" for user in range(3) for item in range(events)]
+    log.write_text("\n".join(["user_id,item_id,timestamp", *lines, ""]))
+    prepare(EventsConfig(input=str(log), path=str(tmp_path / "data")))
+    config = run(tmp_path, tmp_path / "data")
+    if enough:
+        assert preflight(config, world_size=1).max_length == 4
+        return
+    with pytest.raises(UserError, match=r"longest sequence has 3 events, .* needs at least 4"):
+        preflight(config, world_size=1)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("sharding", ["row_wise", "table_wise"])
+def test_checkpoints_need_the_same_disk_space_at_any_world_size(
+    sharding: str, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(RunFolder, "check", lambda self, config, needed_bytes: asked.append(needed_bytes))
+    for world_size in (1, 4):
+        preflight(run(tmp_path, tiny_data, f"embedding={sharding}"), world_size)
+    assert asked[0] == asked[1] > NUM_ITEMS * 8 * 4
+
+
+def test_the_advised_number_of_ranks_is_the_smallest_that_fits(tiny_data: Path, tmp_path: Path) -> None:
+    config = run(tmp_path, tiny_data, f"cluster.memory_per_rank_gib={40_000 / GIB}")
+    # 4,000 rows of 8 weights and a row-wise accumulator: 144,000 bytes
+    with pytest.raises(UserError, match="use at least 4 ranks"):
+        check_plan(config, num_items=4_000, world_size=3)
+    check_plan(config, num_items=4_000, world_size=4)
