@@ -9,7 +9,8 @@ import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.results import Results, write_atomically
+from benchmarks.results import Results
+from hstu_dist.files import write_atomically
 
 
 def save_figure(figure: Figure, stem: Path) -> tuple[Path, Path]:

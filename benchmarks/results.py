@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +11,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from hstu_dist.errors import UserError
+from hstu_dist.files import write_atomically
 from hstu_dist.validation import STRICT
 
 RESULTS = Path(__file__).parent / "results"
@@ -114,23 +113,6 @@ def write(results: Results, folder: Path = RESULTS) -> Path:
     text = json.dumps(asdict(results), indent=1, allow_nan=False) + "\n"
     write_atomically(path, text.encode())
     return path
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces a file in one step, creating its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files private; results are for everyone
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def load(name: str, folder: Path = RESULTS) -> Results:

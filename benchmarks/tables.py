@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 from benchmarks.environment import ROOT
-from benchmarks.results import RESULTS, Results, load, ratios_table, write_atomically
+from benchmarks.results import RESULTS, Results, load, ratios_table
 from hstu_dist.errors import UserError
+from hstu_dist.files import write_atomically
 
 README = ROOT / "README.md"
 _BEGIN, _END = "<!-- results:begin -->\n", "<!-- results:end -->"

@@ -6,7 +6,6 @@ compose and check a run.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from pydantic.dataclasses import dataclass
 from hstu_dist.data.config import DataConfig
 from hstu_dist.distributed.config import EmbeddingConfig
 from hstu_dist.errors import UserError
+from hstu_dist.files import write_atomically
 from hstu_dist.losses.config import LossConfig
 from hstu_dist.models.config import ModelConfig
 from hstu_dist.train.config import OptimizerConfig, TrainerConfig
@@ -172,9 +172,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 def save(config: RunConfig, path: Path) -> None:
     """Writes the resolved YAML, atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
-    temporary.replace(path)
+    write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(to_dict(config))).encode())
 
 
 _MAY_CHANGE = ("nproc", "cluster", "published", "output", "trainer.epochs", "trainer.threads", "trainer.device")

@@ -19,6 +19,7 @@ from typing import Any
 
 from hstu_dist.config import RunConfig, difference, load, save
 from hstu_dist.errors import UserError
+from hstu_dist.files import write_atomically
 
 _PACKAGES = (
     "hstu-dist",
@@ -116,7 +117,7 @@ class RunFolder:
     def describe(self, config: RunConfig) -> None:
         """Writes the resolved settings and the environment (git commit, versions, machine)."""
         save(config, self.config_file)
-        self._write_json(self.path / "environment.json", environment())
+        _write_json(self.path / "environment.json", environment())
 
     def result(self) -> dict[str, Any] | None:
         """What `finish` wrote, or None for a run that has not finished."""
@@ -132,12 +133,11 @@ class RunFolder:
 
     def finish(self, result: dict[str, Any]) -> None:
         """Marks the run as finished."""
-        self._write_json(self.result_file, result)
+        _write_json(self.result_file, result)
 
-    def _write_json(self, path: Path, values: dict[str, Any]) -> None:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(values, indent=1))
-        temporary.replace(path)
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    write_atomically(path, json.dumps(values, indent=1).encode())
 
 
 def environment() -> dict[str, Any]:

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "hstu_dist"
 # a room may import rooms of earlier lines; rooms of one line do not know each other
 LINES = [
     {"errors"},
-    {"validation", "batch", "machine", "console"},
+    {"validation", "batch", "machine", "console", "files"},
     {"ops"},
     {"data", "models", "losses", "metrics"},
     {"distributed"},

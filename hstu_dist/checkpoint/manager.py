@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shutil
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from hstu_dist.checkpoint.storage import read_state, read_tensors, write_state, write_tensors
+from hstu_dist.files import sync
 
 _NAME = re.compile(r"step-(\d{8,})")
 _UNFINISHED = ".unfinished"
@@ -63,7 +63,7 @@ class CheckpointManager:
             if final.exists():
                 shutil.rmtree(final)
             unfinished.rename(final)
-            _sync_entries(self.folder)
+            sync(self.folder)
             self._retain(best_step)
         dist.barrier()
 
@@ -93,12 +93,4 @@ class CheckpointManager:
 def _sync(folder: Path) -> None:
     """Puts a folder and all that is below it on disk, so that a rename cannot outlive the files it names."""
     for path in [folder, *folder.rglob("*")]:
-        _sync_entries(path)
-
-
-def _sync_entries(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)

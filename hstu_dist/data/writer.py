@@ -25,6 +25,7 @@ from hstu_dist.data.schema import (
 )
 from hstu_dist.data.sequences import Sequences
 from hstu_dist.errors import UserError
+from hstu_dist.files import sync
 
 # one row group is read at once; its lists must stay below 2^31 events
 EVENTS_PER_ROW_GROUP = 4_000_000
@@ -71,11 +72,11 @@ def replacing(target: Path) -> Iterator[Path]:
         with _os_errors_of(target):
             building.mkdir()
             yield building
-            _sync_folder(building)
+            sync(building)
             if target.exists():
                 target.rename(previous)
             building.rename(target)
-            _sync_folder(target.parent)
+            sync(target.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
         if target.exists():
@@ -145,14 +146,6 @@ def _os_errors_of(target: Path) -> Iterator[None]:
         raise UserError(
             f"{target}: cannot be written ({error.strerror or error})", "free space or pass data.path=FOLDER"
         ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _beside(target: Path, what: str) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,6 +12,7 @@ import wandb
 from torch.utils.tensorboard import SummaryWriter
 
 from hstu_dist.errors import UserError
+from hstu_dist.files import write_atomically
 from hstu_dist.train.config import LoggingConfig
 
 METRICS_FILE = "metrics.jsonl"
@@ -73,9 +73,7 @@ def _drop_after(path: Path, step: int) -> None:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    write_atomically(path, "".join(kept).encode())
 
 
 def _start_wandb(run_dir: Path, config: LoggingConfig, run_config: dict[str, Any]) -> Any:

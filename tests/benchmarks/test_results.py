@@ -86,20 +86,6 @@ def test_a_figure_that_is_no_number_cannot_be_recorded(value: float) -> None:
         row(value=value)
 
 
-def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = results.write(sample(), tmp_path)
-    before = path.read_bytes()
-
-    def fail(self: Path, target: Path) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        results.write_atomically(path, b"half")
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_a_ratio_meets_its_target_from_there_upwards() -> None:
     assert [ratio.met for ratio in sample().ratios] == [True, False, None]
     at_target = Ratio(case="c", metric="m", a="a", b="b", value=2.0, target=2.0)
