@@ -40,14 +40,18 @@ def find_compiler() -> list[str] | None:
     return None
 
 
+_COMMON = ["isa.cpp", "driver.cpp"]
+_KERNELS = ["kernel.cpp"]
+
+
 def _units() -> list[tuple[str, list[str]]]:
     """Source file and flags of every object; the kernels are compiled once for each instruction set."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    kernels: dict[str, list[str]] = {"portable": [], **({"avx2": _AVX2, "avx512": _AVX512} if x86 else {})}
+    isas: dict[str, list[str]] = {"portable": [], **({"avx2": _AVX2, "avx512": _AVX512} if x86 else {})}
     defines = ["-DHSTU_X86"] if x86 else []
     return [
-        ("driver.cpp", defines),
-        *(("kernel.cpp", [*flags, f"-DHSTU_ISA={name}_kernels"]) for name, flags in kernels.items()),
+        *((source, defines) for source in _COMMON),
+        *((source, [*flags, f"-DHSTU_ISA={name}"]) for source in _KERNELS for name, flags in isas.items()),
     ]
 
 

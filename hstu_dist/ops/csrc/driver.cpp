@@ -1,15 +1,15 @@
-// Plans a call, picks the instruction set, and runs the tasks on OpenMP threads.
+// Plans an attention call and runs the tasks on OpenMP threads.
 
 #include <sched.h>
 
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <initializer_list>
 #include <memory>
 #include <new>
 #include <vector>
 
+#include "isa.h"
 #include "plan.h"
 
 #if defined(__x86_64__)
@@ -150,28 +150,6 @@ std::vector<T> padded_positions(const HstuCall& call, bool reversed) {
   return table;
 }
 
-bool supports(int32_t isa) {
-#if defined(HSTU_X86)
-  if (isa == HSTU_AVX512)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && supports(HSTU_AVX2);
-  if (isa == HSTU_AVX2)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-           __builtin_cpu_supports("bmi2");
-#endif
-  return isa == HSTU_PORTABLE;
-}
-
-const Kernels* kernels(int32_t isa) {
-  if (isa == HSTU_AUTO) isa = hstu_best_isa();
-  if (!supports(isa)) return nullptr;
-#if defined(HSTU_X86)
-  if (isa == HSTU_AVX512) return &avx512_kernels;
-  if (isa == HSTU_AVX2) return &avx2_kernels;
-#endif
-  return &portable_kernels;
-}
-
 // Runs the tasks in order of dispatch; the first error of a thread ends the call.
 int32_t run(const Plan& plan, const std::vector<Task>& tasks, TaskFunction function, int64_t scratch_bytes) {
   const int64_t count = static_cast<int64_t>(tasks.size());
@@ -269,7 +247,7 @@ int32_t backward(const HstuCall& call, const Kernels& isa) {
 template <typename F>
 int32_t guarded(const HstuCall* call, F f) {
   if (call == nullptr || call->bytes != sizeof(HstuCall)) return HSTU_BAD_CALL;
-  const Kernels* isa = kernels(call->isa);
+  const Kernels* isa = table_for(call->isa, HSTU_TABLES(kernels));
   if (isa == nullptr) return HSTU_BAD_CALL;
   try {
     return f(*call, *isa);
@@ -286,11 +264,5 @@ extern "C" {
 int32_t hstu_forward(const HstuCall* call) { return hstu::guarded(call, hstu::forward); }
 
 int32_t hstu_backward(const HstuCall* call) { return hstu::guarded(call, hstu::backward); }
-
-int32_t hstu_best_isa(void) {
-  for (int32_t isa : {HSTU_AVX512, HSTU_AVX2})
-    if (hstu::supports(isa)) return isa;
-  return HSTU_PORTABLE;
-}
 
 }  // extern "C"
