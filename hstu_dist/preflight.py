@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from hstu_dist.config import RunConfig
+from hstu_dist.data.config import prepare_command
 from hstu_dist.data.schema import Manifest, load_manifest
 from hstu_dist.errors import UserError
 from hstu_dist.machine import memory_per_rank
@@ -32,7 +33,7 @@ def preflight(config: RunConfig, world_size: int) -> Manifest:
     Raises:
         UserError: one line that says what does not fit and how to mend it.
     """
-    manifest = load_manifest(Path(config.data.path))
+    manifest = load_manifest(Path(config.data.path), prepare_command(config.data))
     if manifest.max_length < _LEAST_EVENTS:
         raise UserError(
             f"data set {config.data.path}: its longest sequence has {manifest.max_length} events, "

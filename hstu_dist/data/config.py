@@ -88,7 +88,30 @@ class EventsConfig:
             raise ValueError(f"user, item, timestamp and action column: got {columns}, expected four different names")
 
 
-DataConfig = Annotated[MovieLensConfig | EventsConfig, Field(discriminator="kind")]
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AmazonConfig:
+    """A category of the Amazon reviews of 2014; every rating is an event, its stars are the action.
+
+    Kept are users and items with at least 5 events each (5-core). A repeat of the same user, item and day counts once.
+
+    Attributes:
+        kind: `amazon_beauty`, `amazon_sports` (Sports and Outdoors) or `amazon_toys` (Toys and Games).
+        path: folder of the prepared data set; empty: data/<kind>.
+        max_length: history tokens given to the model; older events are cut at loading, not at preparation.
+        source: path or URL of the category's reviews (.json, .json.gz) or ratings (.csv, .csv.gz); None: fetch the
+            official 5-core reviews.
+    """
+
+    kind: Literal["amazon_beauty", "amazon_sports", "amazon_toys"]
+    path: str = ""
+    max_length: int = Field(default=50, gt=0)
+    source: str | None = Field(default=None, min_length=1)
+
+    def __post_init__(self) -> None:
+        _fill_path(self)
+
+
+DataConfig = Annotated[MovieLensConfig | AmazonConfig | EventsConfig, Field(discriminator="kind")]
 """Any data set that `prepare` can make."""
 
 
@@ -111,6 +134,18 @@ class LoaderConfig:
     shuffle: bool = True
 
 
-def _fill_path(config: MovieLensConfig | EventsConfig) -> None:
+def prepare_command(config: MovieLensConfig | AmazonConfig | EventsConfig) -> str:
+    """What makes the data set of a configuration."""
+    words = ["python -m hstu_dist prepare", f"data={config.kind}"]
+    words += ["data.input=FILE"] if isinstance(config, EventsConfig) else []
+    words += [f"data.path={config.path}"] if config.path != _default_path(config.kind) else []
+    return " ".join(words)
+
+
+def _default_path(kind: str) -> str:
+    return f"data/{kind}"
+
+
+def _fill_path(config: MovieLensConfig | AmazonConfig | EventsConfig) -> None:
     if not config.path:
-        object.__setattr__(config, "path", f"data/{config.kind}")
+        object.__setattr__(config, "path", _default_path(config.kind))

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import hstu_dist
-from hstu_dist.data.config import EventsConfig, MovieLensConfig
+from hstu_dist.data.amazon import Amazon
+from hstu_dist.data.config import AmazonConfig, Duplicates, EventsConfig, MovieLensConfig
 from hstu_dist.data.events import EventLog, EventTable
 from hstu_dist.data.schema import DATA_FILES, FORMAT_VERSION, MANIFEST_FILE, Manifest, file_hash, load_manifest
 from hstu_dist.data.sequences import Cleaning, Sequences, build_sequences
@@ -17,7 +18,7 @@ from hstu_dist.data.writer import exclusive, replacing, write_sequences, write_t
 from hstu_dist.errors import UserError
 
 # settings that say where things are and how they are read, not what is in the data set
-_NOT_CONTENT = {"kind", "path", "max_length", "input", "archive"}
+_NOT_CONTENT = {"kind", "path", "max_length", "input", "archive", "source"}
 
 _log = logging.getLogger(__name__)
 
@@ -26,13 +27,13 @@ class Source(Protocol):
     """Where events come from."""
 
     def fingerprint(self) -> dict[str, str]:
-        """Hash of every input by name, without fetching anything."""
+        """Hash of every input by name; fetches nothing whose hash is known."""
 
     def read(self) -> EventTable:
         """All events, checked."""
 
 
-def prepare(config: MovieLensConfig | EventsConfig) -> Manifest:
+def prepare(config: MovieLensConfig | AmazonConfig | EventsConfig) -> Manifest:
     """Bring the data set at `config.path` up to date with the configuration and its source.
 
     A second call with the same settings and the same input changes nothing. Several processes may call it at
@@ -47,7 +48,7 @@ def prepare(config: MovieLensConfig | EventsConfig) -> Manifest:
     """
     # resolved, so that a linked folder is replaced where it really is
     target = Path(config.path).resolve()
-    source: Source = MovieLens(config) if isinstance(config, MovieLensConfig) else EventLog(config)
+    source = _source(config)
     recipe = {name: value for name, value in asdict(config).items() if name not in _NOT_CONTENT}
     made_from: dict[str, Any] = {"name": config.kind, "recipe": recipe, "sources": source.fingerprint()}
     if manifest := _up_to_date(target, made_from):
@@ -66,14 +67,28 @@ def prepare(config: MovieLensConfig | EventsConfig) -> Manifest:
     return manifest
 
 
-def _cleaning(config: MovieLensConfig | EventsConfig) -> Cleaning:
-    if isinstance(config, MovieLensConfig):
-        return Cleaning()
-    return Cleaning(
-        duplicates=config.duplicates,
-        min_user_events=config.min_user_events,
-        min_item_events=config.min_item_events,
-    )
+def _source(config: MovieLensConfig | AmazonConfig | EventsConfig) -> Source:
+    match config:
+        case MovieLensConfig():
+            return MovieLens(config)
+        case AmazonConfig():
+            return Amazon(config)
+        case EventsConfig():
+            return EventLog(config)
+
+
+def _cleaning(config: MovieLensConfig | AmazonConfig | EventsConfig) -> Cleaning:
+    match config:
+        case MovieLensConfig():
+            return Cleaning()
+        case AmazonConfig():
+            return Cleaning(duplicates=Duplicates.DROP, min_user_events=5, min_item_events=5)
+        case EventsConfig():
+            return Cleaning(
+                duplicates=config.duplicates,
+                min_user_events=config.min_user_events,
+                min_item_events=config.min_item_events,
+            )
 
 
 def _up_to_date(target: Path, made_from: dict[str, Any]) -> Manifest | None:

@@ -78,8 +78,12 @@ class Manifest:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
 
 
-def load_manifest(folder: Path) -> Manifest:
+def load_manifest(folder: Path, command: str = "python -m hstu_dist prepare") -> Manifest:
     """Read the manifest of a prepared data set.
+
+    Args:
+        folder: of the data set.
+        command: what prepares it, for messages.
 
     Raises:
         UserError: there is none, it cannot be read, or it is of another format version.
@@ -88,21 +92,21 @@ def load_manifest(folder: Path) -> Manifest:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{folder}: no prepared data set here", "run `python -m hstu_dist prepare`") from None
+        raise UserError(f"{folder}: no prepared data set here", f"run `{command}`") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read ({error})", "run `python -m hstu_dist prepare` again") from error
+        raise UserError(f"{file}: cannot be read ({error})", f"run `{command}` again") from error
     try:
         content = json.loads(text)
         version = content.get("format_version") if isinstance(content, dict) else None
         if version != FORMAT_VERSION:
             raise UserError(
                 f"{file}: got format version {version}, expected {FORMAT_VERSION}",
-                "run `python -m hstu_dist prepare` again",
+                f"run `{command}` again",
             )
         return TypeAdapter(Manifest).validate_python(content)
     except (json.JSONDecodeError, ValidationError) as error:
         reason = str(error) if isinstance(error, json.JSONDecodeError) else error.errors()[0]["msg"]
-        raise UserError(f"{file}: is damaged ({reason})", "run `python -m hstu_dist prepare` again") from error
+        raise UserError(f"{file}: is damaged ({reason})", f"run `{command}` again") from error
 
 
 def file_hash(file: Path) -> str:

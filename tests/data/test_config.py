@@ -11,16 +11,17 @@ import pytest
 from omegaconf import OmegaConf
 from pydantic import TypeAdapter, ValidationError
 
-from hstu_dist.data.config import DataConfig, EventsConfig, MovieLensConfig
+from hstu_dist.data.config import AmazonConfig, DataConfig, EventsConfig, MovieLensConfig
 
 CONF = Path(__file__).parents[2] / "conf" / "data"
 
 
-@pytest.mark.parametrize("kind", ["ml1m", "ml100k", "events"])
+@pytest.mark.parametrize("kind", ["ml1m", "ml100k", "amazon_beauty", "amazon_sports", "amazon_toys", "events"])
 def test_yaml_group_spells_out_the_defaults(kind: str) -> None:
     content = OmegaConf.to_container(OmegaConf.load(CONF / f"{kind}.yaml"))
     config = TypeAdapter(DataConfig).validate_python(content)
-    default = EventsConfig() if kind == "events" else MovieLensConfig(kind=kind)
+    classes = {"events": EventsConfig, "ml": MovieLensConfig, "amazon": AmazonConfig}
+    default = next(config for prefix, config in classes.items() if kind.startswith(prefix))(kind=kind)
     assert config == default and config.path == f"data/{kind}"
     assert set(content) == set(asdict(default))
 
@@ -30,6 +31,8 @@ def test_yaml_group_spells_out_the_defaults(kind: str) -> None:
     [
         ({"kind": "ml2m"}, "ml2m"),
         ({"kind": "ml1m", "input": "x"}, "input"),
+        ({"kind": "amazon_books"}, "amazon_books"),
+        ({"kind": "amazon_toys", "source": ""}, "source"),
         ({"kind": "events", "max_length": 0}, "max_length"),
         ({"kind": "events", "duplicates": "maybe"}, "duplicates"),
         ({"kind": "events", "user_column": "item_id"}, "four different names"),
