@@ -43,7 +43,7 @@ class Bias(NamedTuple):
 
 
 class Softmax(NamedTuple):
-    """What a softmax keeps of each row, fp32 [H, T]: log-sum-exp and, in the backward, sum of out · grad_out."""
+    """What a softmax keeps of each row, fp32 [H, T]: log-sum-exp and, in the backward, the mean that ds subtracts."""
 
     lse: Tensor
     delta: Tensor | None

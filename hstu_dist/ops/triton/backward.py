@@ -29,10 +29,47 @@ from hstu_dist.ops.triton.times import base_time
 
 
 @triton.jit
+def _meet_keys(start, query, own, place, call, V: tl.constexpr):
+    """For the tile of keys at position `start`: the keys, the gradient of the weights, the weights, their slope."""
+    M: tl.constexpr = V.q.rows
+    N: tl.constexpr = V.k.rows
+    tensors, sequences, bias, problem = call
+    b_q, b_grad, base, lse = own
+    span = place.span
+    key_row = span.key_row + start
+    key = side(bias.key_times, base, start, key_row, span.keys - start, V.keys)
+    b_k = load_rows(tensors.k, key_row, place.head, span.keys - start, V.k)  # [N, Q]
+    b_v = load_rows(tensors.v, key_row, place.head, span.keys - start, V.v)  # [N, V]
+    b_bias = add_bias(tl.zeros([M, N], tl.float32), query, key, span, bias, V)
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=V.precision) * problem.alpha + b_bias  # [M, N]
+    b_dp = tl.dot(b_grad, tl.trans(b_v), input_precision=V.precision)  # [M, N]
+    m_s = visible(query, key, span, sequences, V)
+    b_p, b_slope = weights_and_slope(b_s, m_s, lse, V)
+    return b_k, b_dp, b_p, b_slope
+
+
+@triton.jit
+def _row_means(walk, query, own, place, call, V: tl.constexpr):
+    """Mean of the weights' gradient under the weights, [M]: what a softmax subtracts.
+
+    It equals the row sum of out * grad_out. But a bias gradient adds up whole rows, and only a mean of the very numbers
+    that they are made of cancels with them.
+    """
+    M: tl.constexpr = V.q.rows
+    b_weighted = tl.zeros([M], tl.float32)
+    b_weights = tl.zeros([M], tl.float32)
+    for step in range(0, walk.total):
+        start = key_tile(step, walk, call[1], V) * V.k.rows
+        _, b_dp, b_p, _ = _meet_keys(start, query, own, place, call, V)
+        b_weighted += tl.sum(b_p * b_dp, 1)
+        b_weights += tl.sum(b_p, 1)
+    return b_weighted / tl.where(tl.arange(0, M) < place.limit, b_weights, 1.0)
+
+
+@triton.jit
 def _query_gradient(tensors, sequences, bias, problem, place, V: tl.constexpr):
     """Gradient of one tile of queries, over all its tiles of keys."""
     M: tl.constexpr = V.q.rows
-    N: tl.constexpr = V.k.rows
     WIDTH: tl.constexpr = V.q.padded
     span, head, first, row, limit = place
     position = span.keys - span.queries + first
@@ -43,26 +80,25 @@ def _query_gradient(tensors, sequences, bias, problem, place, V: tl.constexpr):
     b_dq = tl.zeros([M, WIDTH], tl.float32)
     lse = 0.0
     if V.softmax:
-        r = tl.arange(0, M)
         saved = head * tensors.softmax.total + row
-        b_out = load_rows(tensors.out, row, head, limit, V.out)  # [M, V]
-        delta = tl.sum(b_out.to(tl.float32) * b_grad.to(tl.float32), 1)
-        tl.store(tensors.softmax.delta + saved + r, delta, mask=r < limit)
         # infinite for rows beyond the sequence: their weights vanish
         lse = load_vector(tensors.softmax.lse, saved, limit, M, float("inf"))[:, None]
 
+    call = (tensors, sequences, bias, problem)
+    own = (b_q, b_grad, base, lse)
     walk = walk_keys(position, tl.minimum(position + M, span.keys), span, sequences, V)
+    if V.softmax:
+        if V.exact:
+            delta = _row_means(walk, query, own, place, call, V)
+        else:
+            # 16-bit numbers round more than this loses
+            b_out = load_rows(tensors.out, row, head, limit, V.out)  # [M, V]
+            delta = tl.sum(b_out.to(tl.float32) * b_grad.to(tl.float32), 1)
+        r = tl.arange(0, M)
+        tl.store(tensors.softmax.delta + saved + r, delta, mask=r < limit)
     for step in range(0, walk.total):
-        start = key_tile(step, walk, sequences, V) * N
-        key_row = span.key_row + start
-        key = side(bias.key_times, base, start, key_row, span.keys - start, V.keys)
-        b_k = load_rows(tensors.k, key_row, head, span.keys - start, V.k)  # [N, Q]
-        b_v = load_rows(tensors.v, key_row, head, span.keys - start, V.v)  # [N, V]
-        b_bias = add_bias(tl.zeros([M, N], tl.float32), query, key, span, bias, V)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=V.precision) * problem.alpha + b_bias  # [M, N]
-        b_dp = tl.dot(b_grad, tl.trans(b_v), input_precision=V.precision)  # [M, N]
-        m_s = visible(query, key, span, sequences, V)
-        _, b_slope = weights_and_slope(b_s, m_s, lse, V)
+        start = key_tile(step, walk, sequences, V) * V.k.rows
+        b_k, b_dp, _, b_slope = _meet_keys(start, query, own, place, call, V)
         if V.softmax:
             b_dp -= delta[:, None]
         b_ds = b_dp * b_slope

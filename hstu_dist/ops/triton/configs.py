@@ -66,8 +66,9 @@ class Key(NamedTuple):
     Attributes:
         architecture: the chip.
         kernel: which kernel.
-        width: widest head of 16-bit numbers that the config serves, a power of two; 0 for float32 of any width, whose
-            exact products use no tensor cores.
+        width: widest head of 16-bit numbers that the config serves: a power of two, or one less for heads whose rows
+            do not start at multiples of 16 bytes, which take more registers to load; 0 for float32 of any width,
+            whose exact products use no tensor cores.
         biased: with a relative bias.
     """
 
@@ -124,10 +125,12 @@ def default_table() -> Table:
 def choose(key: Key, table: Table) -> Config:
     """The entry for the least width that is not below `key.width`, or exactly that for 0.
 
+    Odd widths, of unaligned heads, take any entry; the others skip odd entries.
+
     Raises:
         UserError: the head is wider than any entry.
     """
-    served = sorted(k.width for k in table if k._replace(width=key.width) == key)
+    served = sorted(k.width for k in table if k._replace(width=key.width) == key and k.width % 2 <= key.width % 2)
     for width in served:
         if width == key.width or width > key.width > 0:
             return table[key._replace(width=width)]

@@ -209,8 +209,15 @@ def _bias(call: AttentionCall) -> Bias:
 
 def _config(call: AttentionCall, architecture: Architecture, kernel: Kernel) -> Config:
     biased = call.position_weight is not None or call.time_weight is not None
-    width = 0 if call.q.dtype == torch.float32 else _padded(max(call.q.shape[2], call.v.shape[2]))
+    width = 0
+    if call.q.dtype != torch.float32:
+        width = _padded(max(call.q.shape[2], call.v.shape[2])) - (not _aligned(call))
     return configs.choose(configs.Key(architecture, kernel, width, biased), configs.default_table())
+
+
+def _aligned(call: AttentionCall) -> bool:
+    """Whether the compiler knows that the rows of all heads start at multiples of 16 bytes, for 16-bit numbers."""
+    return all(x.stride(0) % 16 == 0 and x.shape[2] % 8 == 0 for x in (call.q, call.k, call.v))
 
 
 def _padded(width: int) -> int:
