@@ -11,7 +11,7 @@ SOURCES_OF_INSTALL := pyproject.toml hatch_build.py packaging/fbgemm-gpu-shim/py
 	$(wildcard hstu_dist/ops/csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install data train test check format clean
+.PHONY: help install data train results report test check format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -32,6 +32,13 @@ data: $(STAMP)  ## fetch MovieLens-1M and write it as sequences, once
 
 train: data  ## train HSTU on MovieLens-1M with NPROC ranks, evaluate, print the result table
 	$(RUN) -m launch experiment=ml1m cluster=local nproc=$(NPROC)
+
+results: data  ## repeat the published MovieLens-1M table at three seeds with NPROC ranks, hours; render all tables
+	$(RUN) -m benchmarks ml1m --nproc $(NPROC)
+	$(RUN) -m hstu_dist report results
+
+report: $(STAMP)  ## render README.md's tables, docs/results.md and plots from benchmarks/results
+	$(RUN) -m hstu_dist report results
 
 test: $(STAMP)  ## run the whole test suite
 	$(RUN) -m pytest

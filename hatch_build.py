@@ -40,8 +40,8 @@ def find_compiler() -> list[str] | None:
     return None
 
 
-_COMMON = ["isa.cpp", "driver.cpp"]
-_KERNELS = ["kernel.cpp"]
+_COMMON = ["isa.cpp", "driver.cpp", "rows_driver.cpp", "loss_driver.cpp"]
+_KERNELS = ["kernel.cpp", "rows_kernel.cpp", "loss_kernel.cpp"]
 
 
 def _units() -> list[tuple[str, list[str]]]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import environment, plots, results
+from benchmarks import environment
 from benchmarks.attention_cases import Case, cases, one_sequence
 from benchmarks.attention_contenders import build, computes_softmax, training_step
 from benchmarks.attention_problem import Expected, Problem, expected, make_problem
@@ -36,9 +36,11 @@ from benchmarks.harness import (
 )
 from benchmarks.memory import peak_extra_mb
 from benchmarks.options import positive
-from benchmarks.results import Ratio, Results, Row
 from hstu_dist.ops import backends
 from hstu_dist.ops.spec import Backend
+from hstu_dist.report.plots import save_bars
+from hstu_dist.report.results import Ratio, Results, Row, write
+from hstu_dist.report.tables import ratios_table, rows_table
 
 log = logging.getLogger(__name__)
 
@@ -266,8 +268,8 @@ def _report(findings: Findings, settings: Settings, options: argparse.Namespace)
         ratios=tuple(findings.ratios),
     )
     folder: Path = options.output
-    path = results.write(found, folder)
-    plots.save_bars(found, f"{TRAINING} rate", folder / f"{found.name}_rate")
-    sys.stdout.write(f"{results.rows_table(found)}\n{results.ratios_table(found)}\n{path}\n")
+    path = write(found, folder)
+    save_bars(found, f"{TRAINING} rate", folder / f"{found.name}_rate")
+    sys.stdout.write(f"{rows_table(found)}\n{ratios_table(found)}\n{path}\n")
     for reason in findings.refused:
         sys.stdout.write(f"refused, no row: {reason}\n")

@@ -18,10 +18,13 @@ import hstu_dist
 ROOT = Path(__file__).parent.parent
 """Root of the repository."""
 
+RESULTS = ROOT / "benchmarks" / "results"
+"""Where committed result files and plots lie."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """The fields of a result file that describe the measuring machine; see `results.Results`."""
+    """The fields of a result file that describe the measuring machine; see `hstu_dist.report.results.Results`."""
 
     date: str
     commit: str

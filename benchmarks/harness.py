@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.results import Row
+from hstu_dist.report.results import Row
 
 log = logging.getLogger(__name__)
 

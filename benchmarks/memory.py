@@ -1,8 +1,7 @@
-"""Memory in measurements: peak extra memory of a step, and an allocator that treats all contenders alike."""
+"""Peak extra memory of a step."""
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import multiprocessing
 import re
@@ -21,9 +20,6 @@ Build = Callable[[], Step]
 """Makes a step's inputs and returns the step; must be picklable (a partial of a module's function)."""
 
 MEGABYTE = 1e6
-
-# names and values from glibc's malloc.h
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
@@ -57,21 +53,6 @@ def peak_extra_mb(build: Build, rehearsal: Build, device: torch.device) -> float
         except BrokenProcessPool:
             log.warning("peak memory: not measured, the process was killed (too little memory?)")
             return None
-
-
-def keep_freed_memory() -> None:
-    """Lets this process keep freed memory for the next step, where the C library is glibc.
-
-    By default glibc returns large blocks to the system, or not, depending on what the process freed before. The
-    page faults that follow more than doubled the time of contenders with large temporaries, at the whim of
-    whose turn came before. Kept memory spares all of them these faults; it helps the padded baselines most.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(_M_MMAP_MAX, 0)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _process_peak(build: Build, rehearsal: Build, threads: int) -> float:

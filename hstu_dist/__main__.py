@@ -70,6 +70,12 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--config", type=Path, help="a resolved config.yaml instead of overrides")
         if name == "evaluate":
             command.add_argument("--split", choices=("validation", "test"), default="test", help="default: test")
+    summary = "render the committed result files into README.md, docs/results.md and plots"
+    report_command = commands.add_parser("report", help=summary, description=summary)
+    report_command.set_defaults(run=_report)
+    report_command.add_argument("what", choices=("results",), help="what to render")
+    report_command.add_argument("--root", type=Path, default=Path(), help="a checkout (default: the current folder)")
+    report_command.add_argument("--debug", action="store_true", help="show the stack trace of an error")
     return parser
 
 
@@ -105,6 +111,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     from hstu_dist.data.split import Split
 
     evaluate_run(config, Split(options.split), say)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from hstu_dist.commands.report import report_results
+
+    report_results(options.root, say)
 
 
 if __name__ == "__main__":

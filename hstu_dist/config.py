@@ -175,7 +175,17 @@ def save(config: RunConfig, path: Path) -> None:
     write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(to_dict(config))).encode())
 
 
-_MAY_CHANGE = ("nproc", "cluster", "published", "output", "trainer.epochs", "trainer.threads", "trainer.device")
+_MAY_CHANGE = (
+    "nproc",
+    "cluster",
+    "published",
+    "output",
+    "trainer.epochs",
+    "trainer.stop_epoch",
+    "trainer.threads",
+    "trainer.peak_flops",
+    "trainer.device",
+)
 _MAY_CHANGE_GROUPS = ("trainer.logging", "trainer.checkpoint", "trainer.profile", "trainer.timeout_seconds")
 
 

@@ -40,7 +40,7 @@ def _launch(arguments: Sequence[str], dry_run: bool) -> int:
         return ExitCode.FINISHED
     preflight(config, config.nproc)
     folder = RunFolder(config.run_dir)
-    result = folder.finished(config.trainer.epochs)
+    result = folder.finished(config.trainer.last_epoch)
     if result is not None:
         say(finished_report(config, result))
         return ExitCode.FINISHED

@@ -69,6 +69,9 @@ def test_yaml_and_class_have_the_same_keys_and_the_yaml_states_the_defaults(grou
     written = OmegaConf.load(conf_dir() / group / f"{option}.yaml")
     assert keys_of(OmegaConf.to_container(written)) == keys_of(part)
     composed = compose_dict("train", ["experiment=ml1m", f"{group}={option}"])[group]
+    # hstu_n50 and the like state other values
+    if option.startswith(f"{composed.get('kind')}_"):
+        return
     differs = {"sharding": option} if group == "embedding" else {}
     # the experiment's own settings lie on top of the file
     own = OmegaConf.to_container(OmegaConf.load(conf_dir() / "experiment" / "ml1m.yaml"))
@@ -91,6 +94,8 @@ BAD = [
     ("+trainer.epoch=3", "trainer.epoch: Unexpected keyword argument (got 3)"),
     ("trainer.evaluation.monitor=ndcg@7", "trainer.evaluation: monitor: got ndcg@7, expected one of mrr, hr@1"),
     ("trainer.evaluation.cutoffs=[]", "trainer.evaluation: cutoffs: got (), expected integers >= 1"),
+    ("trainer.stop_epoch=13", "trainer: stop_epoch: got 13, expected at most epochs (12)"),
+    ("trainer.train_on=test", "trainer.train_on: "),
     ("trainer.logging.wandb=perhaps", "trainer.logging.wandb: "),
     ("trainer.device=tpu", "trainer.device: "),
     ("optimizer.betas=[0.9,1.0]", "optimizer: betas: got (0.9, 1.0), expected two numbers in [0, 1)"),
@@ -104,6 +109,11 @@ BAD = [
     ("model.backend=cudnn", "model.backend: "),
     ("embedding.sharding=column_wise", "embedding.sharding: "),
     ("embedding.optimizer.kind=adam", "embedding.optimizer.kind: "),
+    ("embedding.optimizer.eps=0", "embedding.optimizer.eps: Input should be greater than 0 (got 0)"),
+    (
+        "embedding.optimizer.betas=[0.9,0.98]",
+        "embedding.optimizer: betas: got (0.9, 0.98), expected null: rowwise_adagrad has no betas",
+    ),
     ("loss.temperature=0", "loss.temperature: "),
     ("loss.num_negatives=null", "loss.num_negatives: "),
     ("data.max_length=0", "data.max_length: "),
@@ -167,7 +177,9 @@ def test_a_bad_file_is_one_line(content: str | None, expected: str, tmp_path: Pa
         "output=elsewhere",
         "published={hr@10: 0.5}",
         "trainer.epochs=99",
+        "trainer.stop_epoch=9",
         "trainer.threads=2",
+        "trainer.peak_flops=312e12",
         "trainer.timeout_seconds=9",
         "trainer.logging.wandb=offline",
         "trainer.checkpoint.keep=9",
@@ -185,7 +197,15 @@ def test_what_may_change_between_two_starts_of_a_run(override: str) -> None:
         ("seed=2", ["seed: 1 -> 2"]),
         ("trainer.global_batch_size=64", ["trainer.global_batch_size: 128 -> 64"]),
         ("embedding=table_wise", ["embedding.sharding: row_wise -> table_wise"]),
-        ("loss=full_softmax", ["loss.kind: sampled_softmax -> full_softmax", "loss.num_negatives: 128 -> None"]),
+        ("trainer.train_on=train_validation", ["trainer.train_on: train -> train_validation"]),
+        (
+            "loss=full_softmax",
+            [
+                "loss.kind: sampled_softmax -> full_softmax",
+                "loss.log_q_correction: False -> None",
+                "loss.num_negatives: 128 -> None",
+            ],
+        ),
         ("optimizer.betas=[0.9,0.9]", ["optimizer.betas: [0.9, 0.98] -> [0.9, 0.9]"]),
     ],
 )

@@ -24,7 +24,7 @@ LINES = [
     {"train"},
     {"config"},
     {"run_folder"},
-    {"preflight"},
+    {"preflight", "report"},
     {"commands"},
     {"__main__"},
 ]
@@ -35,7 +35,11 @@ WITHOUT_TORCH = [
     "hstu_dist.preflight",
     "hstu_dist.run_folder",
     "hstu_dist.commands.prepare",
+    "hstu_dist.commands.report",
+    "hstu_dist.report.pages",
     "hstu_dist.__main__",
+    "hstu_dist.machine",
+    "hstu_dist.models.flops",
     *(f"hstu_dist.{file.parent.name}.config" for file in sorted(PACKAGE.glob("*/config.py"))),
     # of data, only the loader and what it gives know tensors
     *(f"hstu_dist.data.{file.stem}" for file in sorted((PACKAGE / "data").glob("*.py")) if file.stem != "loader"),
@@ -88,6 +92,7 @@ def test_imports_go_one_way(file: Path) -> None:
         ("torchrec", {"distributed"}),
         ("wandb", {"train/metrics_log.py"}),
         ("pyarrow", {"data"}),
+        ("matplotlib", {"report/plots.py"}),
     ],
 )
 def test_a_library_has_one_home(library: str, allowed: set[str]) -> None:

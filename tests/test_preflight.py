@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hstu_dist.config import RunConfig, compose
-from hstu_dist.data.config import EventsConfig
+from hstu_dist.data.config import EventsConfig, prepare_command
 from hstu_dist.data.prepare import prepare
 from hstu_dist.errors import UserError
 from hstu_dist.preflight import check_plan, preflight
@@ -34,6 +34,27 @@ def test_leave_one_out_needs_four_events_of_somebody(events: int, enough: bool, 
     with pytest.raises(UserError, match=r"longest sequence has 3 events, .* needs at least 4"):
         preflight(config, world_size=1)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("experiment=amazon_beauty_hstu", "data=amazon_beauty data.path=nowhere"),
+        ("experiment=ml1m", "data=ml1m data.path=nowhere"),
+        ("data=events", "data=events data.input=FILE data.path=nowhere"),
+    ],
+)
+def test_missing_data_names_the_command_that_makes_it(override: str, words: str) -> None:
+    config = compose([override, "name=x", "data.path=nowhere"])
+    with pytest.raises(UserError) as caught:
+        preflight(config, world_size=1)
+    assert str(caught.value) == f"nowhere: no prepared data set here -> run `python -m hstu_dist prepare {words}`"
+
+
+def test_the_usual_folder_goes_without_saying() -> None:
+    assert prepare_command(compose(["experiment=amazon_toys_hstu"]).data) == (
+        "python -m hstu_dist prepare data=amazon_toys"
+    )
 
 
 @pytest.mark.parametrize("sharding", ["row_wise", "table_wise"])

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import tables
 from hstu_dist.config import compose, compose_dict
+from hstu_dist.report.pages import Checkout, embed, everything, summary
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -54,6 +54,7 @@ def test_help_lists_every_command_with_a_line() -> None:
             [sys.executable, "-m", "hstu_dist", command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout
         assert "key=value" in own and "data" in own
+    assert re.search(r"^ +report +\w.+$", helped, re.MULTILINE)
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
@@ -65,4 +66,6 @@ def test_links_lead_somewhere(document: str) -> None:
 
 
 def test_tables_are_the_committed_results() -> None:
-    assert tables.embed(README, tables.render()) == README, "run `python -m benchmarks tables`"
+    checkout = Checkout(ROOT)
+    assert embed(README, summary(checkout)) == README, "run `make report`"
+    assert everything(checkout) == checkout.page.read_text(), "run `make report`"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -55,3 +57,10 @@ def tiny_overrides(data: Path, output: Path) -> list[str]:
         "trainer.logging.progress=false",
         "trainer.logging.tensorboard=false",
     ]
+
+
+def result_of(run_folder: Path) -> dict[str, Any]:
+    """What a run computed: its result.json without the timings, which differ between equal runs."""
+    result: dict[str, Any] = json.loads((run_folder / "result.json").read_text())
+    assert result.pop("speed")["train_seconds"] > 0
+    return result

@@ -8,7 +8,7 @@ from hstu_dist.checkpoint.manager import CheckpointManager
 from hstu_dist.commands.session import Session
 from hstu_dist.config import RunConfig
 from hstu_dist.data.split import Split
-from hstu_dist.distributed.process_group import process_group, set_threads
+from hstu_dist.distributed.process_group import claim_machine, process_group
 from hstu_dist.errors import UserError
 from hstu_dist.preflight import preflight
 from hstu_dist.run_folder import RunFolder
@@ -19,11 +19,13 @@ def evaluate_run(config: RunConfig, split: Split, say: Callable[[str], None]) ->
     """Loads the best checkpoint of a run, or the newest if none was validated, and prints its metrics.
 
     Raises:
-        UserError: the run has no checkpoint.
+        UserError: the run has no checkpoint, or was trained on the events that it should rank.
     """
+    if split is Split.VALIDATION and not config.trainer.validates:
+        raise UserError(f"run {config.run_dir}: was trained on the validation events", "evaluate it with --split test")
     with process_group(config.trainer.device, config.trainer.timeout_seconds) as world:
         preflight(config, world.size)
-        set_threads(config.trainer.threads, world)
+        claim_machine(config.trainer.threads, world)
         checkpoints = CheckpointManager(RunFolder(config.run_dir).checkpoints, config.trainer.checkpoint.keep)
         steps = checkpoints.steps()
         if not steps:

@@ -18,26 +18,30 @@ def finished_report(config: RunConfig, result: dict[str, Any]) -> str:
 
 
 def result_table(config: RunConfig, result: dict[str, Any]) -> str:
-    """One row a metric: this run's test figure, popularity, published.
+    """One row a metric: this run's test figure, popularity, published and, if tracked, the best test epoch's.
 
     Args:
         config: the run.
         result: what the run wrote to result.json.
     """
-    title = f"{config.name}: test at the best validation epoch ({result['best_epoch']} of {result['epochs']})"
+    reference = result.get("reference_protocol")
+    columns = {config.model.kind: result["test"], "popularity": result["popularity"], "published": config.published}
+    if reference:
+        columns[f"best test epoch ({reference['best_epoch']})*"] = reference["test"]
     table = Table()
     table.add_column("metric")
-    for column in (config.model.kind, "popularity", "published"):
+    for column in columns:
         table.add_column(column, justify="right")
-    for metric, value in result["test"].items():
-        published = config.published.get(metric)
-        table.add_row(
-            metric,
-            f"{value:.4f}",
-            f"{result['popularity'][metric]:.4f}",
-            "" if published is None else f"{published:.4f}",
-        )
+    for metric in result["test"]:
+        table.add_row(metric, *(f"{c[metric]:.4f}" if metric in c else "" for c in columns.values()))
     text = io.StringIO()
     # a fixed width: the table also goes into files and logs
     Console(file=text, width=100).print(table)
-    return f"{title}\n{text.getvalue().rstrip()}"
+    note = "\n* for comparison with published tables only: the epoch was chosen on the test split" if reference else ""
+    return f"{_title(config, result)}\n{text.getvalue().rstrip()}{note}"
+
+
+def _title(config: RunConfig, result: dict[str, Any]) -> str:
+    if "best_epoch" in result:
+        return f"{config.name}: test at the best validation epoch ({result['best_epoch']} of {result['epochs']})"
+    return f"{config.name}: test after {result['epochs']} epochs on the training and validation events"

@@ -31,13 +31,13 @@ class Session:
         """Opens the data and builds the model, the same at any world size for a seed."""
         dataset = SequenceDataset.open(config.data.path)
         recommender = Recommender(dataset.num_items, config.model, config.embedding, world.device, config.seed)
-        optimizers = Optimizers(
-            recommender.tower,
-            recommender.table.fused_optimizer,
-            config.embedding.optimizer.learning_rate,
-            config.optimizer,
-        )
+        optimizers = Optimizers(recommender.tower, recommender.table.optimizer, config.optimizer)
         return cls(config, world, dataset, recommender, optimizers)
+
+    @property
+    def training_split(self) -> Split:
+        """The events that this run trains on."""
+        return Split(self.config.trainer.train_on)
 
     def loader(self, split: Split) -> BatchLoader:
         """This rank's batches of a split: shuffled for training, in order for evaluation."""
@@ -58,7 +58,7 @@ class Session:
 
     def evaluate_popularity(self, split: Split) -> dict[str, float]:
         """Metrics of the popularity baseline on a split."""
-        counts = popularity(self.dataset, Split.TRAIN).to(self.world.device)
+        counts = popularity(self.dataset, self.training_split).to(self.world.device)
         return evaluate_popularity(counts, self.loader(split).epoch(0), self.config.trainer.evaluation.cutoffs)
 
     def tensors(self) -> dict[str, Any]:
@@ -67,6 +67,6 @@ class Session:
         flat: dict[str, Any] = {f"tower.{name}": value for name, value in recommender.tower.state_dict().items()}
         flat |= {f"table.{name}": value for name, value in recommender.table.sharded.state_dict().items()}
         flat |= {f"optimizer.{name}": value for name, value in optimizers.state_tensors().items()}
-        for weight, state in recommender.table.fused_optimizer.state_dict()["state"].items():
-            flat |= {f"table_optimizer.{weight}.{name}": value for name, value in state.items()}
+        table_state = recommender.table.optimizer.state_tensors()
+        flat |= {f"table_optimizer.{name}": value for name, value in table_state.items()}
         return flat

@@ -13,14 +13,16 @@ from hstu_dist.commands.result_table import finished_report, result_table
 from hstu_dist.commands.session import Session
 from hstu_dist.config import RunConfig, to_dict
 from hstu_dist.data.split import Split
-from hstu_dist.distributed.process_group import World, process_group, set_threads
+from hstu_dist.distributed.process_group import World, claim_machine, process_group
+from hstu_dist.models.flops import Workload, count_flops
 from hstu_dist.preflight import preflight
 from hstu_dist.run_folder import RunFolder
-from hstu_dist.train.hooks import CheckpointHook, EvaluateHook, LogHook, ProfileHook
+from hstu_dist.train.hooks import CheckpointHook, EvaluateHook, LogHook, ProfileHook, TrackTestHook
 from hstu_dist.train.metrics_log import MetricsLog
 from hstu_dist.train.state import TrainState
 from hstu_dist.train.step import TrainStep
-from hstu_dist.train.trainer import Trainer
+from hstu_dist.train.throughput import job_peak_flops, training_averages
+from hstu_dist.train.trainer import Hook, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +40,12 @@ def train(config: RunConfig, say: Callable[[str], None]) -> None:
     folder = RunFolder(config.run_dir)
     with process_group(config.trainer.device, config.trainer.timeout_seconds) as world:
         preflight(config, world.size)
-        result = folder.finished(config.trainer.epochs)
+        result = folder.finished(config.trainer.last_epoch)
         if result is not None:
             if world.is_main:
                 say(finished_report(config, result))
             return
-        set_threads(config.trainer.threads, world)
+        claim_machine(config.trainer.threads, world)
         with folder.lock() if world.is_main else contextlib.nullcontext():
             _run(config, world, folder, say)
 
@@ -96,14 +98,16 @@ def _fit(session: Session, checkpoints: CheckpointManager, state: TrainState, fo
             log = stack.enter_context(MetricsLog(folder.path, config.trainer.logging, to_dict(config), state.step))
         trainer = Trainer(
             step=step,
-            loader=session.loader(Split.TRAIN),
+            loader=session.loader(session.training_split),
             state=state,
             epochs=config.trainer.epochs,
+            stop_epoch=config.trainer.stop_epoch,
             world=world,
+            peak_flops=job_peak_flops(config.trainer.peak_flops, world),
             hooks=[
-                LogHook(config.trainer.logging, log),
+                LogHook(config.trainer.logging, log, _training_flops(session)),
                 ProfileHook(config.trainer.profile, folder.path),
-                EvaluateHook(config.trainer.evaluation, lambda: session.evaluate(Split.VALIDATION), log),
+                *_evaluation_hooks(session, log),
                 CheckpointHook(config.trainer.checkpoint, checkpoints, session.tensors),
             ],
             stop_requested=stop_requested,
@@ -112,19 +116,43 @@ def _fit(session: Session, checkpoints: CheckpointManager, state: TrainState, fo
     return not trainer.interrupted
 
 
+def _training_flops(session: Session) -> Callable[[Workload], int]:
+    """FLOPs that training on a batch needs: forward and backward of the tower and the loss."""
+    model = session.config.model
+    scores_per_token = session.config.loss.scores_per_token(session.dataset.num_items)
+    return lambda work: count_flops(model, work, scores_per_token).training
+
+
+def _evaluation_hooks(session: Session, log: MetricsLog | None) -> Iterator[Hook]:
+    settings = session.config.trainer
+    if settings.validates:
+        yield EvaluateHook(settings.evaluation, lambda: session.evaluate(Split.VALIDATION), log)
+    if settings.evaluation.track_test:
+        yield TrackTestHook(settings.evaluation, lambda: session.evaluate(Split.TEST), log)
+
+
 def _test(session: Session, checkpoints: CheckpointManager, state: TrainState) -> dict[str, Any]:
-    """Test metrics of the best validated epoch, read once, and of popularity beside it."""
-    checkpoints.load(state.best_step, session.tensors())
-    return {
+    """Test metrics of the best validated epoch, or of the last one of a refit, read once; popularity beside them."""
+    trainer = session.config.trainer
+    result: dict[str, Any] = {
+        "train_on": trainer.train_on,
         "epochs": state.epoch,
         "steps": state.step,
         "stopped_early": state.stopped_early,
-        "best_epoch": state.best_epoch,
-        "validation": {session.config.trainer.evaluation.monitor: state.best_value},
+    }
+    if trainer.validates:
+        checkpoints.load(state.best_step, session.tensors())
+        result |= {"best_epoch": state.best_epoch, "validation": {trainer.evaluation.monitor: state.best_value}}
+    result |= {
         "test": session.evaluate(Split.TEST),
         "popularity": session.evaluate_popularity(Split.TEST),
         "world_size": session.world.size,
+        "speed": training_averages(state, _training_flops(session)),
     }
+    # empty if no reading was a number
+    if state.best_test:
+        result["reference_protocol"] = {"best_epoch": state.best_test_epoch, "test": state.best_test}
+    return result
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from hstu_dist.errors import PeerLostError, UserError
-from hstu_dist.machine import cores_per_rank
+from hstu_dist.machine import cores_per_rank, keep_freed_memory
 
 _LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Socket closed|[Tt]imed out (waiting|connecting)")
 """How gloo words it when another rank has gone; the exception type is a plain RuntimeError."""
@@ -95,8 +95,9 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def set_threads(threads: int | None, world: World) -> int:
-    """Gives this rank its share of the machine's cores; returns the number of threads."""
+def claim_machine(threads: int | None, world: World) -> int:
+    """Gives this rank its share of the machine's cores, and memory that it keeps; returns the number of threads."""
+    keep_freed_memory()
     count = threads or cores_per_rank(world.local_size)
     torch.set_num_threads(count)
     return count

@@ -7,16 +7,14 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec import EmbeddingCollection, KeyedJaggedTensor
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise, table_wise
 from torchrec.distributed.types import ModuleSharder, ShardedTensor, ShardingEnv, ShardingPlan
 from torchrec.modules.embedding_configs import EmbeddingConfig as TableConfig
-from torchrec.optim import SGD, RowWiseAdagrad
 
 from hstu_dist.distributed.config import EmbeddingConfig, stored_width
+from hstu_dist.distributed.table_optimizer import TableOptimizer, sharder_of
 from hstu_dist.ops.random import TokenNoise, fold
 
 _FEATURE = "item"
@@ -34,8 +32,9 @@ class TableShape:
 class ItemTable(nn.Module):
     """Looks rows up by id, wherever they live; the optimizer updates them inside the backward.
 
-    Each rank passes the ids that it needs, any number of them; passing each id once saves
-    communication. All ranks must call it together.
+    A training step begins with `optimizer.prepare` and looks up once: each lookup that is differentiated updates
+    its rows. Each rank passes the ids that it needs, any number of them; passing each id once saves communication.
+    All ranks must call it together.
     """
 
     def __init__(self, shape: TableShape, config: EmbeddingConfig, device: torch.device, seed: int) -> None:
@@ -53,33 +52,23 @@ class ItemTable(nn.Module):
             ],
             device=torch.device("meta"),
         )
-        optimizer = config.optimizer
-        if optimizer.kind == "sgd":
-            apply_optimizer_in_backward(SGD, collection.parameters(), {"lr": optimizer.learning_rate})
-        else:
-            arguments = {"lr": optimizer.learning_rate, "eps": optimizer.eps}
-            apply_optimizer_in_backward(RowWiseAdagrad, collection.parameters(), arguments)
+        sharder = sharder_of(collection, config.optimizer, shape.width, device)
         self.sharded = DistributedModelParallel(
             _Lookup(collection),
             env=ShardingEnv.from_process_group(dist.group.WORLD),
             device=device,
-            plan=_plan(collection, config, device),
-            sharders=[EmbeddingCollectionSharder()],
+            plan=_plan(collection, config, device, sharder),
+            sharders=[sharder],
             # nothing dense is inside: a data-parallel wrapper would find no parameters
             init_data_parallel=False,
         )
+        self.optimizer = TableOptimizer(config.optimizer, self.sharded.fused_optimizer)
         self._initialise(config.init_std, seed)
 
     def forward(self, ids_U: Tensor) -> Tensor:
         """Rows [U, width] of ids [U] int64."""
         rows: Tensor = self.sharded(ids_U)
         return rows[:, : self.shape.width]
-
-    @property
-    def fused_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer inside the backward; only its learning rate is meant to be set."""
-        optimizer: torch.optim.Optimizer = self.sharded.fused_optimizer
-        return optimizer
 
     def describe(self) -> str:
         """The sharding plan as a table."""
@@ -112,13 +101,14 @@ class _Lookup(nn.Module):
         return rows
 
 
-def _plan(collection: EmbeddingCollection, config: EmbeddingConfig, device: torch.device) -> ShardingPlan:
+def _plan(
+    collection: EmbeddingCollection, config: EmbeddingConfig, device: torch.device, sharder: ModuleSharder[nn.Module]
+) -> ShardingPlan:
     # always the fused kernel: on CPU the dense one ignores unpooled mode and corrupts memory
     kernel = "fused"
     per_table = (
         row_wise(compute_kernel=kernel) if config.sharding == "row_wise" else table_wise(rank=0, compute_kernel=kernel)
     )
-    sharder: ModuleSharder[nn.Module] = EmbeddingCollectionSharder()
     world_size = dist.get_world_size()
     module_plan = construct_module_sharding_plan(
         collection,

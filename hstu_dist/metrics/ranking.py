@@ -16,15 +16,16 @@ _CHUNK_ELEMENTS = 1 << 22
 def ranks_of_targets(users_BD: Tensor, items_VD: Tensor, target: Tensor, history: tuple[Tensor, Tensor]) -> Tensor:
     """Rank of each user's target among all items, the user's own history left out.
 
-    Items of equal score are ordered by id, so that the rank is the same in every run. The target itself is never
-    left out, even if the history holds it. Scores that are no numbers put the target behind every item: a model that
-    diverged must not look perfect.
+    Items of equal score are ordered by id, smaller ids first, so that the rank does not depend on how a sort treats
+    ties. The target itself is never left out, even if the history holds it. Scores that are no numbers put the target
+    behind every item: a model that diverged must not look perfect.
 
     Args:
         users_BD: [B, D], one vector a user.
         items_VD: [V, D], the whole corpus.
         target: [B] int64 item ids.
-        history: item ids [T] int64 of all users and their offsets [B+1] int64.
+        history: item ids [T] int64 of all users and their offsets [B+1] int64; what a user did before the first of
+            them stays in the ranking.
 
     Returns:
         [B] int64, 1 for the best; V + 1 where the target's score is no number.

@@ -6,29 +6,30 @@ Shapes: T tokens, D model width, H heads, Q query/key head width, V value head w
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hstu_dist.models.config import HSTUConfig
 from hstu_dist.models.context import SequenceContext
 from hstu_dist.ops.attention import hstu_attention
 from hstu_dist.ops.bias import NUM_TIME_BUCKETS, RelativeBias
-from hstu_dist.ops.random import dropout
+from hstu_dist.ops.random import TokenNoise
+from hstu_dist.ops.row_kernels import RowKernels
+from hstu_dist.ops.rows import EPSILON, Projection, drop_of, dropout, gate, project_silu
 from hstu_dist.ops.spec import Activation, AttentionSpec, Backend
 
-_EPSILON = 1e-6
 _INIT_STD = 0.02
 
 
 class HSTULayer(nn.Module):
     """One block: project, attend pointwise, gate, project back, add."""
 
-    def __init__(self, config: HSTUConfig, backend: Backend) -> None:
+    def __init__(self, config: HSTUConfig, backend: Backend, rows: RowKernels) -> None:
         super().__init__()
         self.heads = config.num_heads
         self.qk_width = config.qk_width or config.width // config.num_heads
         self.value_width = config.value_width or config.width // config.num_heads
         self.concat_ux = config.concat_ux
+        self.rows = rows
         self.dropout = config.dropout
         self.spec = AttentionSpec(
             normalizer=config.normalizer,
@@ -37,9 +38,11 @@ class HSTULayer(nn.Module):
             backend=backend,
         )
         D, HV, HQ = config.width, self.heads * self.value_width, self.heads * self.qk_width
-        self.input_norm = nn.LayerNorm(D, eps=_EPSILON, elementwise_affine=config.affine_norm)
+        affine = config.affine_norm
+        # without learned scale and shift a norm has no state: the row kernels contain it
+        self.input_norm = nn.LayerNorm(D, eps=EPSILON) if affine else None
         self.uvqk = nn.Linear(D, 2 * HV + 2 * HQ, bias=config.uvqk_bias)
-        self.output_norm = nn.LayerNorm(HV, eps=_EPSILON, elementwise_affine=config.affine_norm)
+        self.output_norm = nn.LayerNorm(HV, eps=EPSILON) if affine else None
         self.output = nn.Linear(2 * HV + D if config.concat_ux else HV, D)
         positioned = config.relative_bias != "none"
         timed = config.relative_bias == "position_time"
@@ -61,8 +64,7 @@ class HSTULayer(nn.Module):
     def forward(self, x_TD: Tensor, context: SequenceContext, layer: int) -> Tensor:
         """[T, D] → [T, D]; `layer` tells the random streams of the layers apart."""
         T, H = x_TD.shape[0], self.heads
-        HV, HQ = H * self.value_width, H * self.qk_width
-        u, v, q, k = F.silu(self.uvqk(self.input_norm(x_TD))).split([HV, HV, HQ, HQ], dim=1)
+        u, v, q, k = project_silu(x_TD, self._projection(), self.rows)
         attended_THV = hstu_attention(
             q.view(T, H, self.qk_width),
             k.view(T, H, self.qk_width),
@@ -71,12 +73,29 @@ class HSTULayer(nn.Module):
             self.spec,
             self._bias(context),
         )
-        gated = u * self.output_norm(attended_THV.reshape(T, HV))
+        noise = None if context.noise is None else context.noise.stream(layer)
+        gated = self._gated(attended_THV.flatten(1), u, x_TD, noise)
+        projected: Tensor = self.output(gated)
+        return x_TD + projected
+
+    def _projection(self) -> Projection:
+        """Of the normalised input; a learned scale and shift of the norm is part of the linear map."""
+        HV, HQ = self.heads * self.value_width, self.heads * self.qk_width
+        weight, bias, norm = self.uvqk.weight, self.uvqk.bias, self.input_norm
+        widths = (HV, HV, HQ, HQ)
+        if norm is None:
+            return Projection(weight, bias, widths)
+        shift = weight @ norm.bias
+        return Projection(weight * norm.weight, shift if bias is None else bias + shift, widths)
+
+    def _gated(self, attended: Tensor, u: Tensor, x_TD: Tensor, noise: TokenNoise | None) -> Tensor:
+        drop = drop_of(noise, self.dropout)
+        if self.output_norm is None and not self.concat_ux:
+            return gate(attended, u, drop, self.rows)
+        gated = gate(attended, u, None, self.rows) if self.output_norm is None else u * self.output_norm(attended)
         if self.concat_ux:
             gated = torch.cat([u, x_TD, gated], dim=1)
-        noise = None if context.noise is None else context.noise.stream(layer)
-        projected: Tensor = self.output(dropout(gated, self.dropout, noise))
-        return x_TD + projected
+        return dropout(gated, drop, self.rows)
 
     def _bias(self, context: SequenceContext) -> RelativeBias | None:
         if self.position_weight is None:
@@ -94,9 +113,9 @@ class HSTULayer(nn.Module):
 class HSTU(nn.Module):
     """A stack of HSTU layers."""
 
-    def __init__(self, config: HSTUConfig, backend: Backend) -> None:
+    def __init__(self, config: HSTUConfig, backend: Backend, rows: RowKernels) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(HSTULayer(config, backend) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(HSTULayer(config, backend, rows) for _ in range(config.num_layers))
 
     def forward(self, x_TD: Tensor, context: SequenceContext) -> Tensor:
         """[T, D] → [T, D]."""

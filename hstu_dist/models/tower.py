@@ -11,7 +11,7 @@ from hstu_dist.models.hstu import HSTU
 from hstu_dist.models.transformer import Transformer
 from hstu_dist.ops import backends
 from hstu_dist.ops.normalize import unit_rows
-from hstu_dist.ops.random import dropout
+from hstu_dist.ops.rows import drop_of, dropout
 from hstu_dist.ops.spec import Backend
 
 _INPUT_STREAM = 1 << 20
@@ -32,14 +32,15 @@ class Tower(nn.Module):
         backend = backends.fastest(device) if config.backend == "auto" else Backend(config.backend)
         if backend is not Backend.REFERENCE:
             backends.load(backend)
+        self.rows = backends.row_kernels(backend)
         self.position = nn.Embedding(config.max_length, config.width)
         bound = config.width**-0.5
         nn.init.trunc_normal_(self.position.weight, std=bound, a=-2 * bound, b=2 * bound)
         self.encoder: nn.Module
         if isinstance(config, HSTUConfig):
-            self.encoder = HSTU(config, backend)
+            self.encoder = HSTU(config, backend, self.rows)
         else:
-            self.encoder = Transformer(config, backend)
+            self.encoder = Transformer(config, backend, self.rows)
         self.to(device)
 
     def forward(self, items_TD: Tensor, context: SequenceContext) -> Tensor:
@@ -53,5 +54,6 @@ class Tower(nn.Module):
             [T, D], rows of length 1.
         """
         x = items_TD * self.width**0.5 + self.position(context.positions)
-        x = dropout(x, self.dropout, context.noise and context.noise.stream(_INPUT_STREAM))
+        drop = drop_of(context.noise and context.noise.stream(_INPUT_STREAM), self.dropout)
+        x = dropout(x, drop, self.rows)
         return unit_rows(self.encoder(x, context))

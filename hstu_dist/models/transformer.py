@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from hstu_dist.models.config import TransformerConfig
 from hstu_dist.models.context import SequenceContext
 from hstu_dist.ops.attention import hstu_attention
-from hstu_dist.ops.random import dropout
+from hstu_dist.ops.random import TokenNoise
+from hstu_dist.ops.row_kernels import RowKernels
+from hstu_dist.ops.rows import drop_of, dropout
 from hstu_dist.ops.spec import Activation, AttentionSpec, Backend
 
 _EPSILON = 1e-8
@@ -20,10 +22,11 @@ class TransformerBlock(nn.Module):
     Dropout acts on the attention's output instead of its weights: a fused kernel has no weights to drop.
     """
 
-    def __init__(self, config: TransformerConfig, backend: Backend) -> None:
+    def __init__(self, config: TransformerConfig, backend: Backend, rows: RowKernels) -> None:
         super().__init__()
         self.heads = config.num_heads
         self.dropout = config.dropout
+        self.rows = rows
         D = config.width
         self.spec = AttentionSpec(
             normalizer=1.0, alpha=(D // self.heads) ** -0.5, activation=Activation.SOFTMAX, backend=backend
@@ -49,17 +52,20 @@ class TransformerBlock(nn.Module):
         attended = hstu_attention(
             self.query(queries).view(heads), k.view(heads), v.view(heads), context.layout, self.spec
         ).reshape(T, D)
-        x_TD = self.ffn_norm(queries + dropout(self.output(attended), self.dropout, noise and noise.stream(0)))
-        hidden = dropout(F.relu(self.ffn_in(x_TD)), self.dropout, noise and noise.stream(1))
-        return x_TD + dropout(self.ffn_out(hidden), self.dropout, noise and noise.stream(2))
+        x_TD = self.ffn_norm(queries + self._dropped(self.output(attended), noise, 0))
+        hidden = self._dropped(F.relu(self.ffn_in(x_TD)), noise, 1)
+        return x_TD + self._dropped(self.ffn_out(hidden), noise, 2)
+
+    def _dropped(self, x: Tensor, noise: TokenNoise | None, use: int) -> Tensor:
+        return dropout(x, drop_of(noise and noise.stream(use), self.dropout), self.rows)
 
 
 class Transformer(nn.Module):
     """A stack of Transformer blocks."""
 
-    def __init__(self, config: TransformerConfig, backend: Backend) -> None:
+    def __init__(self, config: TransformerConfig, backend: Backend, rows: RowKernels) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(TransformerBlock(config, backend) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(TransformerBlock(config, backend, rows) for _ in range(config.num_layers))
 
     def forward(self, x_TD: Tensor, context: SequenceContext) -> Tensor:
         """[T, D] → [T, D]."""

@@ -12,6 +12,8 @@ import torch
 
 from hstu_dist.errors import UserError
 from hstu_dist.ops.call import AttentionBackend
+from hstu_dist.ops.row_kernels import RowKernels
+from hstu_dist.ops.softmax_spec import SoftmaxBackend, SoftmaxKernel
 from hstu_dist.ops.spec import Backend
 
 _LOG = logging.getLogger(__name__)
@@ -38,6 +40,35 @@ def load(backend: Backend) -> AttentionBackend:
             f"attention backend {backend}: not available on this machine ({error})",
             f"use backend=auto or one of {', '.join(map(str, available(torch.device('cpu'))))}",
         ) from error
+
+
+def row_kernels(backend: Backend) -> RowKernels:
+    """The row kernels that go with an attention backend: native with native, plain PyTorch with all others.
+
+    Raises:
+        UserError: the native kernels cannot run on this machine.
+    """
+    if backend is Backend.NATIVE:
+        load(backend)
+        return cast(RowKernels, importlib.import_module("hstu_dist.ops.native_rows"))
+    return cast(RowKernels, importlib.import_module("hstu_dist.ops.row_kernels"))
+
+
+def softmax_kernel(backend: SoftmaxBackend) -> SoftmaxKernel:
+    """The module that implements a fast backend of the softmax losses.
+
+    Raises:
+        UserError: the native kernels cannot run on this machine.
+    """
+    if backend is SoftmaxBackend.NATIVE:
+        load(Backend.NATIVE)
+        return cast(SoftmaxKernel, importlib.import_module("hstu_dist.ops.native_softmax"))
+    return cast(SoftmaxKernel, importlib.import_module("hstu_dist.ops.softmax_chunked"))
+
+
+def fastest_softmax(device: torch.device) -> SoftmaxBackend:
+    """The fastest backend of the softmax losses on a device."""
+    return SoftmaxBackend.NATIVE if device.type == "cpu" and _has_native() else SoftmaxBackend.CHUNKED
 
 
 @functools.cache

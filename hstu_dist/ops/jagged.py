@@ -51,23 +51,39 @@ class IdSet:
         ids: [U] int64, ascending.
     """
 
-    def __init__(self, ids: list[Tensor], high: int) -> None:
-        """Collects ids.
+    def __init__(self, ids: Tensor, table: Tensor | None = None) -> None:
+        """The set of ascending `ids`; `table`, if given, has the place of each id, [high]."""
+        self.ids = ids
+        self._table = table
+        # nothing is missing: each id is its own place
+        self._complete = False
+
+    @classmethod
+    def everything(cls, high: int, device: torch.device) -> IdSet:
+        """All ids in [0, high)."""
+        complete = cls(torch.arange(high, device=device))
+        complete._complete = True
+        return complete
+
+    @classmethod
+    def of(cls, ids: list[Tensor], high: int) -> IdSet:
+        """Distinct ids of some tensors.
 
         Args:
             ids: int64 tensors of any shape, values in [0, high).
             high: number of possible ids.
         """
-        self._table: Tensor | None = None
-        if high <= _TABLE_LIMIT:
-            present = torch.zeros(high, dtype=torch.bool, device=ids[0].device)
-            for part in ids:
-                present[part.reshape(-1)] = True
-            self.ids = present.nonzero().squeeze(1)
-            self._table = present.cumsum(0) - 1
-        else:
-            self.ids = torch.cat([part.reshape(-1) for part in ids]).unique()
+        if high > _TABLE_LIMIT:
+            return cls(torch.cat([part.reshape(-1) for part in ids]).unique())
+        present = torch.zeros(high, dtype=torch.bool, device=ids[0].device)
+        for part in ids:
+            present[part.reshape(-1)] = True
+        return cls(present.nonzero().squeeze(1), present.cumsum(0) - 1)
 
     def places(self, ids: Tensor) -> Tensor:
         """Rows of `self.ids` that hold `ids`, all of which must be in the set; int64, same shape."""
-        return torch.searchsorted(self.ids, ids) if self._table is None else self._table[ids]
+        if self._complete:
+            return ids
+        if self._table is None:
+            return torch.searchsorted(self.ids, ids)
+        return self._table.index_select(0, ids.reshape(-1)).view(ids.shape)

@@ -58,6 +58,9 @@ def backward(call: AttentionCall, out: Tensor, lse: Tensor, grad_out: Tensor, is
     )
     out, grad_out = out.to(arguments.dtype), grad_out.to(arguments.dtype)
     arguments.point(out=out, lse=lse, grad_out=grad_out)
+    if lse.numel() and (position is not None or time is not None):
+        claims = torch.zeros(lse.shape, dtype=torch.int32)
+        arguments.point(row_sums=torch.zeros(2, *lse.shape, dtype=torch.float64), row_claims=claims)
     arguments.point(grad_q=q, grad_k=k, grad_v=v, grad_position=position, grad_time=time)
     _check(LIBRARY.hstu_backward(ctypes.byref(arguments.struct)))
     return Gradients(

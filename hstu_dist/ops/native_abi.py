@@ -1,4 +1,4 @@
-"""The C interface of the native kernels as ctypes sees it, without torch; csrc/abi.h is the other half."""
+"""The C interface of the native kernels as ctypes sees it, without torch; csrc/*.h are the other half."""
 
 from __future__ import annotations
 
@@ -37,8 +37,59 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("q_stride", "k_stride", "v_stride")),
         *((name, ctypes.c_void_p) for name in ("offsets", "key_offsets", "num_contextual", "num_targets")),
         *((name, ctypes.c_void_p) for name in ("position_weight", "time_weight", "query_times", "key_times")),
-        *((name, ctypes.c_void_p) for name in ("time_thresholds", "out", "lse", "grad_out")),
+        *((name, ctypes.c_void_p) for name in ("time_thresholds", "out", "lse", "row_sums", "row_claims", "grad_out")),
         *((name, ctypes.c_void_p) for name in ("grad_q", "grad_k", "grad_v", "grad_position", "grad_time")),
+    )
+
+
+class RowOperation(IntEnum):
+    """What the row kernels compute; csrc/rows.h has the operands of each."""
+
+    NORMALIZE = 0
+    NORMALIZE_BACKWARD = 1
+    SILU = 2
+    SILU_BACKWARD = 3
+    GATE = 4
+    GATE_BACKWARD = 5
+    DROP = 6
+    DRAW = 7
+
+
+MAX_PARTS = 4
+
+
+class Rows(ctypes.Structure):
+    """HstuRows, field by field; csrc/rows.h is the other half."""
+
+    _fields_ = (
+        ("bytes", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("threads", "isa", "is_double", "operation")),
+        *((name, ctypes.c_int64) for name in ("rows", "width")),
+        ("part_width", ctypes.c_int64 * MAX_PARTS),
+        ("epsilon", ctypes.c_double),
+        ("input", ctypes.c_void_p * (1 + MAX_PARTS)),
+        ("input_stride", ctypes.c_int64 * (1 + MAX_PARTS)),
+        ("output", ctypes.c_void_p * 2),
+        ("output_stride", ctypes.c_int64 * 2),
+        ("tokens", ctypes.c_void_p),
+        ("key", ctypes.c_int64),
+        ("threshold", ctypes.c_int32),
+        ("scale", ctypes.c_double),
+        ("high", ctypes.c_int64),
+        ("integers", ctypes.c_void_p),
+    )
+
+
+class SoftmaxLoss(ctypes.Structure):
+    """HstuLoss, field by field; csrc/loss.h is the other half."""
+
+    _fields_ = (
+        ("bytes", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("threads", "isa", "is_double", "is_full")),
+        *((name, ctypes.c_int64) for name in ("positions", "candidates", "negatives", "width", "stride")),
+        *((name, ctypes.c_double) for name in ("temperature", "shift")),
+        *((name, ctypes.c_void_p) for name in ("queries", "items", "positive", "negative")),
+        *((name, ctypes.c_void_p) for name in ("loss", "grad_queries", "grad_items")),
     )
 
 
@@ -54,8 +105,10 @@ def open_library(path: Path) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise ImportError(f"{path.name} does not load: {error}") from error
-    for function in (library.hstu_forward, library.hstu_backward):
-        function.argtypes = [ctypes.POINTER(Call)]
+    structs = {"hstu_forward": Call, "hstu_backward": Call, "hstu_rows": Rows, "hstu_softmax_loss": SoftmaxLoss}
+    for name, struct in structs.items():
+        function = getattr(library, name)
+        function.argtypes = [ctypes.POINTER(struct)]
         function.restype = ctypes.c_int32
     library.hstu_best_isa.argtypes = []
     library.hstu_best_isa.restype = ctypes.c_int32

@@ -98,16 +98,24 @@ class TokenNoise:
         return quantiles.to(torch.float32)
 
 
-def dropout(x_TD: Tensor, rate: float, noise: TokenNoise | None) -> Tensor:
-    """Zeroes each element with probability `rate` and scales the rest by 1 / (1 - rate).
+@dataclass(frozen=True)
+class Drop:
+    """Dropout of one use in a step: each element is zeroed with probability `rate`, the rest scaled by 1 / (1 - rate).
 
-    Args:
-        x_TD: [T, D] floating.
-        rate: in [0, 1).
-        noise: the step's random numbers; None (evaluation) leaves x as it is.
+    Attributes:
+        noise: the numbers that decide.
+        rate: in (0, 1).
     """
-    if noise is None or rate == 0.0:
-        return x_TD
-    threshold = int(rate * 2**32) - (1 << 31)
-    keep = noise.words(x_TD.shape[1]) >= threshold
-    return x_TD * keep.to(x_TD.dtype).mul_(1.0 / (1.0 - rate))
+
+    noise: TokenNoise
+    rate: float
+
+    @property
+    def threshold(self) -> int:
+        """Elements whose word is below it are dropped."""
+        return int(self.rate * 2**32) - (1 << 31)
+
+    @property
+    def scale(self) -> float:
+        """Factor of the elements that stay."""
+        return 1.0 / (1.0 - self.rate)

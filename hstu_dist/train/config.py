@@ -53,7 +53,11 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class EvaluationConfig:
-    """Ranking against the whole corpus.
+    """Ranking against the whole corpus; the items that the model sees as a user's history are left out.
+
+    The validation split chooses the epoch, and the test split is read once, there. Published tables were made
+    differently: trained on everything but the last event, they give the test metrics of the best test epoch.
+    `track_test` exists only to compare with those.
 
     Attributes:
         every_epochs: validation runs after every so many epochs.
@@ -61,6 +65,9 @@ class EvaluationConfig:
         cutoffs: K of HR@K and NDCG@K.
         monitor: validation metric that picks the best epoch; larger is better.
         patience: stop after so many validations without a better `monitor`; null: never.
+        track_test: also rank the test split every `every_epochs`, log it as `reference_protocol/test/...` and report
+            the best epoch apart from the result. It has no influence on the epoch that is chosen or on the end of
+            the run; its figures are optimistic, because the best of many readings is chosen.
     """
 
     every_epochs: int = Field(default=1, gt=0)
@@ -68,6 +75,7 @@ class EvaluationConfig:
     cutoffs: tuple[int, ...] = (1, 10, 50, 100, 200)
     monitor: str = "ndcg@10"
     patience: int | None = Field(default=None, gt=0)
+    track_test: bool = False
 
     def __post_init__(self) -> None:
         if not self.cutoffs or any(k < 1 for k in self.cutoffs):
@@ -127,19 +135,43 @@ class TrainerConfig:
     """The loop.
 
     Attributes:
-        epochs: passes over the data.
+        epochs: passes over the data that the learning-rate schedule spans.
+        stop_epoch: end after that epoch of the schedule; null: at its end.
+        train_on: train leaves out the validation and test events; train_validation leaves out the test events only, for
+            a final refit of a number of epochs that was chosen before: there is no validation, and the test split is
+            read once, after the last epoch.
         global_batch_size: sequences of one step, over all ranks.
         device: auto takes CUDA where there is one.
         threads: CPU threads of a rank; null: the machine's cores divided by its ranks.
+        peak_flops: FLOP/s of one rank's device, what MFU is measured against; null: the data sheet of a known GPU for
+            float32 or TF32, whichever torch is set to, and on a CPU the rate of a float32 matrix product, measured at
+            the start.
         timeout_seconds: how long a rank waits for the others before it fails.
     """
 
     epochs: int = Field(default=101, gt=0)
+    stop_epoch: int | None = Field(default=None, gt=0)
+    train_on: Literal["train", "train_validation"] = "train"
     global_batch_size: int = Field(default=128, gt=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, gt=0)
+    peak_flops: float | None = Field(default=None, gt=0)
     timeout_seconds: float = Field(default=600.0, gt=0)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     profile: ProfileConfig = Field(default_factory=ProfileConfig)
+
+    def __post_init__(self) -> None:
+        if self.stop_epoch is not None and self.stop_epoch > self.epochs:
+            raise ValueError(f"stop_epoch: got {self.stop_epoch}, expected at most epochs ({self.epochs})")
+
+    @property
+    def last_epoch(self) -> int:
+        """Epochs after which the run ends, unless it stops early."""
+        return self.stop_epoch or self.epochs
+
+    @property
+    def validates(self) -> bool:
+        """Whether validation events are left out of training, so that they can choose an epoch."""
+        return self.train_on == "train"

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from hstu_dist.checkpoint.manager import CheckpointManager
 from hstu_dist.distributed.process_group import sum_over_ranks
+from hstu_dist.models.flops import Workload
 from hstu_dist.train.config import CheckpointConfig, EvaluationConfig, LoggingConfig, ProfileConfig
 from hstu_dist.train.metrics_log import MetricsLog
 from hstu_dist.train.step import StepResult
@@ -32,24 +33,29 @@ def peak_memory_bytes() -> int:
 
 
 class LogHook(Hook):
-    """Loss, throughput and memory every few steps; a progress bar on rank 0."""
+    """Loss, throughput and memory every few steps; a progress bar on rank 0.
 
-    def __init__(self, config: LoggingConfig, log: MetricsLog | None) -> None:
+    Speeds leave evaluation out. FLOPs are those that the model needs, whatever its implementation computes.
+    """
+
+    def __init__(self, config: LoggingConfig, log: MetricsLog | None, flops: Callable[[Workload], int]) -> None:
+        """Logs to `log`, if this rank does; `flops` gives the FLOPs that training on a batch needs."""
         self.config = config
         self.log = log
+        self.flops = flops
         self._loss_sum = 0.0
-        self._tokens = 0
+        self._work = Workload()
         self._steps = 0
-        self._since = 0.0
+        self._seconds_before = 0.0
         self._bar: tqdm[Any] | None = None
 
     def on_start(self, trainer: Trainer) -> None:
-        """Starts the clock and the bar."""
-        self._since = time.perf_counter()
+        """Starts the bar."""
+        self._seconds_before = trainer.state.train_seconds
         if trainer.world.is_main and self.config.progress:
             state = trainer.state
             self._bar = tqdm(
-                total=trainer.total_steps,
+                total=trainer.last_epoch * len(trainer.loader),
                 initial=state.step,
                 unit="step",
                 dynamic_ncols=True,
@@ -60,7 +66,7 @@ class LogHook(Hook):
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Adds the step up and writes every few of them."""
         self._loss_sum += result.loss_sum
-        self._tokens += result.tokens
+        self._work += result.work
         self._steps += 1
         if self._bar is not None:
             self._bar.update()
@@ -76,20 +82,27 @@ class LogHook(Hook):
     def _write(self, trainer: Trainer, result: StepResult) -> None:
         mine = torch.tensor([self._loss_sum, float(peak_memory_bytes())], dtype=torch.float64)
         total = sum_over_ranks(mine.to(trainer.world.device))
-        now = time.perf_counter()
+        seconds = trainer.state.train_seconds - self._seconds_before
+        flops_per_second = self.flops(self._work) / seconds
         values = {
-            "train/loss": float(total[0]) / max(1, self._tokens),
+            "train/loss": float(total[0]) / max(1, self._work.tokens),
             "train/learning_rate": result.learning_rate,
             "train/epoch": trainer.state.epoch + trainer.state.batch / len(trainer.loader),
-            "speed/tokens_per_second": self._tokens / (now - self._since),
-            "speed/seconds_per_step": (now - self._since) / self._steps,
+            "speed/tokens_per_second": self._work.tokens / seconds,
+            "speed/flops_per_second": flops_per_second,
+            "speed/seconds_per_step": seconds / self._steps,
             "memory/peak_gib_per_rank": float(total[1]) / trainer.world.size / 2**30,
         }
+        shown = {"loss": f"{values['train/loss']:.4f}", "epoch": f"{values['train/epoch']:.2f}"}
+        if trainer.peak_flops is not None:
+            values["speed/mfu"] = flops_per_second / trainer.peak_flops
+            shown["mfu"] = f"{values['speed/mfu']:.1%}"
         if self.log is not None:
             self.log.write(trainer.state.step, values)
         if self._bar is not None:
-            self._bar.set_postfix(loss=f"{values['train/loss']:.4f}", epoch=f"{values['train/epoch']:.2f}")
-        self._loss_sum, self._tokens, self._steps, self._since = 0.0, 0, 0, now
+            self._bar.set_postfix(shown)
+        self._loss_sum, self._work, self._steps = 0.0, Workload(), 0
+        self._seconds_before = trainer.state.train_seconds
 
 
 class EvaluateHook(Hook):
@@ -105,10 +118,11 @@ class EvaluateHook(Hook):
     def after_epoch(self, trainer: Trainer) -> None:
         """Validates and updates the best."""
         state = trainer.state
-        if state.epoch % self.config.every_epochs and state.epoch < trainer.epochs:
+        if not _evaluates_now(self.config, trainer):
             return
         started = time.perf_counter()
-        values = self.validate()
+        with trainer.evaluating():
+            values = self.validate()
         value = values[self.config.monitor]
         if value > state.best_value:
             state.best_value, state.best_step, state.best_epoch = value, state.step, state.epoch
@@ -131,6 +145,36 @@ class EvaluateHook(Hook):
                     state.best_value,
                     state.best_epoch,
                 )
+
+
+class TrackTestHook(Hook):
+    """Ranks the test split as often as the validation split; writes down the best epoch and chooses nothing by it."""
+
+    def __init__(self, config: EvaluationConfig, test: Callable[[], dict[str, float]], log: MetricsLog | None) -> None:
+        self.config = config
+        self.test = test
+        self.log = log
+
+    def after_epoch(self, trainer: Trainer) -> None:
+        """Ranks and updates the best test epoch."""
+        if not _evaluates_now(self.config, trainer):
+            return
+        state = trainer.state
+        started = time.perf_counter()
+        with trainer.evaluating():
+            values = self.test()
+        monitor = self.config.monitor
+        if values[monitor] > state.best_test.get(monitor, float("-inf")):
+            state.best_test, state.best_test_epoch = values, state.epoch
+        if self.log is not None:
+            logged = {f"reference_protocol/test/{name}": value for name, value in values.items()}
+            logged["reference_protocol/seconds"] = time.perf_counter() - started
+            self.log.write(state.step, logged)
+
+
+def _evaluates_now(config: EvaluationConfig, trainer: Trainer) -> bool:
+    """Every few epochs, and at the end."""
+    return trainer.state.epoch % config.every_epochs == 0 or trainer.state.epoch >= trainer.last_epoch
 
 
 class CheckpointHook(Hook):

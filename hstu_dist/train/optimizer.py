@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 
+from hstu_dist.distributed.table_optimizer import TableOptimizer
 from hstu_dist.errors import UserError
 from hstu_dist.train.config import OptimizerConfig, ScheduleConfig
 
@@ -33,11 +34,9 @@ def schedule_factor(config: ScheduleConfig, step: int, total_steps: int) -> floa
 
 
 class Optimizers:
-    """Steps the dense part; the tables step inside their backward and only take their learning rate from here."""
+    """Steps the dense part; the table steps inside its backward and only hears from here that a step begins."""
 
-    def __init__(
-        self, dense: nn.Module, table: torch.optim.Optimizer, table_learning_rate: float, config: OptimizerConfig
-    ) -> None:
+    def __init__(self, dense: nn.Module, table: TableOptimizer, config: OptimizerConfig) -> None:
         self.config = config
         self.names = {parameter: name for name, parameter in dense.named_parameters()}
         self.dense = torch.optim.AdamW(
@@ -48,17 +47,13 @@ class Optimizers:
             weight_decay=config.weight_decay,
         )
         self.table = table
-        self._table_learning_rate = table_learning_rate
 
     def prepare(self, step: int, total_steps: int) -> float:
         """Sets the learning rates of a step, before its backward; returns the factor."""
         factor = schedule_factor(self.config.schedule, step, total_steps)
         for group in self.dense.param_groups:
             group["lr"] = self.config.learning_rate * factor
-        for group in self.table.param_groups:
-            group["lr"] = self._table_learning_rate * factor
-        # a fused optimizer's step only hands its learning rate to the kernel
-        self.table.step()
+        self.table.prepare(factor)
         self.dense.zero_grad()
         return factor
 

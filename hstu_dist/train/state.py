@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -15,22 +15,43 @@ class TrainState:
         batch: global batches finished in the current epoch.
         step: optimizer steps taken.
         tokens: positions trained on, over all ranks.
+        attention_pairs: visible (query, key) pairs trained on, over all ranks.
         best_step: step of the best validation, -1 before the first.
         best_epoch: epochs finished at the best validation.
         best_value: the monitored metric there.
         validations_since_best: for early stopping.
         stopped_early: no further epoch will run.
+        best_test_epoch: epochs finished at the best tracked reading of the test split, 0 before the first; never used
+            to choose anything.
+        best_test: all test metrics there.
+        train_seconds: on rank 0, over all sessions of the run and without evaluation.
+        evaluation_seconds: of validation and whatever else ranks during training.
+        available_flops: what the devices of all ranks could have done in `train_seconds`; None once their peak was
+            unknown.
     """
 
     epoch: int = 0
     batch: int = 0
     step: int = 0
     tokens: int = 0
+    attention_pairs: int = 0
     best_step: int = -1
     best_epoch: int = 0
     best_value: float = float("-inf")
     validations_since_best: int = 0
     stopped_early: bool = False
+    best_test_epoch: int = 0
+    best_test: dict[str, float] = field(default_factory=dict)
+    # not compared: clocks differ between runs that compute the same
+    train_seconds: float = field(default=0.0, compare=False)
+    evaluation_seconds: float = field(default=0.0, compare=False)
+    available_flops: float | None = field(default=0.0, compare=False)
+
+    def add_training_time(self, seconds: float, peak_flops: float | None) -> None:
+        """Counts time in which devices of `peak_flops` FLOP/s together trained; None: nobody knows their peak."""
+        self.train_seconds += seconds
+        if self.available_flops is not None:
+            self.available_flops = None if peak_flops is None else self.available_flops + seconds * peak_flops
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

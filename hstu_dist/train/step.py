@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from hstu_dist.batch import JaggedBatch
 from hstu_dist.distributed.process_group import World
 from hstu_dist.distributed.recommender import Recommender
 from hstu_dist.errors import UserError
 from hstu_dist.losses.config import FullSoftmaxConfig, SampledSoftmaxConfig
-from hstu_dist.losses.softmax import Candidates, softmax_loss
+from hstu_dist.losses.softmax import Candidates, softmax_loss, softmax_spec
 from hstu_dist.models.context import token_noise
+from hstu_dist.models.flops import Workload
 from hstu_dist.ops.jagged import IdSet
 from hstu_dist.ops.random import fold
 from hstu_dist.train.optimizer import Optimizers
 
 _NEGATIVES = 2
 _DROPOUT = 3
+
+_DRAWS_OF_EVERYTHING = 8
+"""Draws per item from which on a step looks up the whole table; one item in e^8 is missed."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,12 @@ class StepResult:
 
     Attributes:
         loss_sum: this rank's sum of losses over its positions.
-        tokens: positions of all ranks.
+        work: positions and attention pairs of all ranks.
         learning_rate: of the dense part.
     """
 
     loss_sum: float
-    tokens: int
+    work: Workload
     learning_rate: float
 
 
@@ -50,16 +54,17 @@ class TrainStep:
     ) -> None:
         self.recommender = recommender
         self.loss = loss
+        self.softmax = softmax_spec(loss, recommender.num_items, world.device)
         self.optimizers = optimizers
         self.world = world
         self.seed = seed
 
-    def __call__(self, batch: JaggedBatch, global_tokens: int, position: tuple[int, int]) -> StepResult:
+    def __call__(self, batch: JaggedBatch, work: Workload, position: tuple[int, int]) -> StepResult:
         """Updates the model on one global batch.
 
         Args:
             batch: this rank's share; may be empty.
-            global_tokens: positions of all shares together.
+            work: positions and attention pairs of all shares together.
             position: (steps taken, steps of the whole run).
 
         Raises:
@@ -67,16 +72,19 @@ class TrainStep:
         """
         step, total_steps = position
         factor = self.optimizers.prepare(step, total_steps)
-        negatives = self._negatives(batch, step)
-        needed = self._needed(batch, negatives)
-        rows_UD = self.recommender.table(needed.ids)
-        queries_TD = self.recommender.encode(
-            rows_UD[needed.places(batch.item_ids)], batch, noise_key=fold(self.seed, step, _DROPOUT)
-        )
-        candidates = Candidates(
-            rows_UD, needed.places(batch.target_ids), None if negatives is None else needed.places(negatives)
-        )
-        loss_sum = softmax_loss(queries_TD, candidates, self.loss.temperature)
+        # the names of the parts in a profile
+        with record_function("draw"):
+            negatives = self._negatives(batch, step)
+        with record_function("look up"):
+            needed = self._needed(batch, negatives, work)
+            rows_UD = self.recommender.table(needed.ids)
+            items_TD = rows_UD.index_select(0, needed.places(batch.item_ids))
+        with record_function("encode"):
+            queries_TD = self.recommender.encode(items_TD, batch, noise_key=fold(self.seed, step, _DROPOUT))
+        with record_function("loss"):
+            places = None if negatives is None else needed.places(negatives)
+            candidates = Candidates(rows_UD, needed.places(batch.target_ids), places)
+            loss_sum = softmax_loss(queries_TD, candidates, self.softmax)
         value = float(loss_sum.detach())
         if value != value or value in (float("inf"), float("-inf")):
             raise UserError(
@@ -84,18 +92,21 @@ class TrainStep:
                 "lower the learning rates or set optimizer.clip_norm, then continue from an earlier checkpoint",
             )
         # DDP and TorchRec average gradients over ranks; the mean wanted is over all positions of all ranks
-        (loss_sum * (self.world.size / max(1, global_tokens))).backward()
-        self.optimizers.step()
-        return StepResult(value, global_tokens, self.optimizers.config.learning_rate * factor)
+        (loss_sum * (self.world.size / max(1, work.tokens))).backward()
+        with record_function("update"):
+            self.optimizers.step()
+        return StepResult(value, work, self.optimizers.config.learning_rate * factor)
 
     def _negatives(self, batch: JaggedBatch, step: int) -> Tensor | None:
         if isinstance(self.loss, FullSoftmaxConfig):
             return None
         noise = token_noise(batch, self.recommender.max_length, fold(self.seed, step, _NEGATIVES))
-        return noise.integers(self.loss.num_negatives, self.recommender.num_items)
+        return self.recommender.tower.rows.integers(noise, self.loss.num_negatives, self.recommender.num_items)
 
-    def _needed(self, batch: JaggedBatch, negatives: Tensor | None) -> IdSet:
+    def _needed(self, batch: JaggedBatch, negatives: Tensor | None, work: Workload) -> IdSet:
         num_items = self.recommender.num_items
-        if negatives is None:
-            return IdSet([torch.arange(num_items, device=batch.item_ids.device)], num_items)
-        return IdSet([batch.item_ids, batch.target_ids, negatives], num_items)
+        # where ranks draw each item many times over, finding the few that are missing costs more than it saves;
+        # decided for all ranks together, so that the rows a step touches do not depend on their number
+        if negatives is None or work.tokens * negatives.shape[1] >= _DRAWS_OF_EVERYTHING * num_items:
+            return IdSet.everything(num_items, batch.item_ids.device)
+        return IdSet.of([batch.item_ids, batch.target_ids, negatives], num_items)

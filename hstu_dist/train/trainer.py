@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +13,7 @@ from hstu_dist.batch import JaggedBatch
 from hstu_dist.data.loader import BatchLoader
 from hstu_dist.data.prefetch import prefetch
 from hstu_dist.distributed.process_group import World, sum_over_ranks
+from hstu_dist.models.flops import Workload
 from hstu_dist.train.state import TrainState
 from hstu_dist.train.step import StepResult
 
@@ -41,52 +44,87 @@ class Trainer:
         step: trains on one batch.
         loader: this rank's share of every global batch.
         state: where the run is; a restored state continues there.
-        epochs: how many there are.
+        epochs: how many the learning-rate schedule spans.
         world: this rank among the others.
         hooks: called in order.
+        stop_epoch: end after that epoch; None: after the last of the schedule.
+        peak_flops: FLOP/s that the devices of all ranks can do together; None: unknown.
         stop_requested: whether this rank was asked to stop (SIGTERM); the ranks agree before each step.
         interrupted: whether the loop ended because of such a request.
     """
 
-    step: Callable[[JaggedBatch, int, tuple[int, int]], StepResult]
+    step: Callable[[JaggedBatch, Workload, tuple[int, int]], StepResult]
     loader: BatchLoader
     state: TrainState
     epochs: int
     world: World
     hooks: Sequence[Hook] = ()
+    stop_epoch: int | None = None
+    peak_flops: float | None = None
     stop_requested: Callable[[], bool] = lambda: False
     interrupted: bool = field(default=False, init=False)
+    _since: float = field(default=0.0, init=False)
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of the whole schedule."""
         return self.epochs * len(self.loader)
+
+    @property
+    def last_epoch(self) -> int:
+        """Epochs after which the loop ends."""
+        return self.stop_epoch or self.epochs
 
     def fit(self) -> None:
         """Trains from `state` to the end."""
         for hook in self.hooks:
             hook.on_start(self)
-        while self.state.epoch < self.epochs and not (self.state.stopped_early or self.interrupted):
+        self._lap()
+        while self.state.epoch < self.last_epoch and not (self.state.stopped_early or self.interrupted):
             self._run_epoch()
         for hook in self.hooks:
             hook.on_stop(self)
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Time spent inside counts as evaluation, not as training."""
+        if self.world.device.type == "cuda":
+            # the last step may still be running
+            torch.cuda.synchronize(self.world.device)
+        self.state.add_training_time(self._lap(), self.peak_flops)
+        yield
+        self.state.evaluation_seconds += self._lap()
+
     def _run_epoch(self) -> None:
         state = self.state
         for host_batch in prefetch(self.loader.epoch(state.epoch, state.batch), _PREFETCH_BATCHES):
-            tokens, self.interrupted = self._agree(host_batch)
+            work, self.interrupted = self._agree(host_batch)
             if self.interrupted:
                 return
-            result = self.step(host_batch.to(self.world.device), tokens, (state.step, self.total_steps))
-            state.batch, state.step, state.tokens = state.batch + 1, state.step + 1, state.tokens + tokens
+            result = self.step(host_batch.to(self.world.device), work, (state.step, self.total_steps))
+            self._count(work)
             for hook in self.hooks:
                 hook.after_step(self, result)
         state.epoch, state.batch = state.epoch + 1, 0
         for hook in self.hooks:
             hook.after_epoch(self)
 
-    def _agree(self, batch: JaggedBatch) -> tuple[int, bool]:
-        """Positions of all ranks' shares, and whether any rank was asked to stop."""
-        mine = torch.tensor([batch.num_tokens, int(self.stop_requested())], device=self.world.device)
-        tokens, stopping = sum_over_ranks(mine).tolist()
-        return tokens, stopping > 0
+    def _agree(self, batch: JaggedBatch) -> tuple[Workload, bool]:
+        """Work of all ranks' shares, and whether any rank was asked to stop."""
+        share = Workload.causal(batch.lengths.tolist())
+        mine = [share.tokens, share.attention_pairs, int(self.stop_requested())]
+        tokens, pairs, stopping = sum_over_ranks(torch.tensor(mine, device=self.world.device)).tolist()
+        return Workload(tokens=tokens, attention_pairs=pairs), stopping > 0
+
+    def _count(self, work: Workload) -> None:
+        state = self.state
+        state.batch, state.step = state.batch + 1, state.step + 1
+        state.tokens += work.tokens
+        state.attention_pairs += work.attention_pairs
+        state.add_training_time(self._lap(), self.peak_flops)
+
+    def _lap(self) -> float:
+        """Seconds since the last lap."""
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        return seconds

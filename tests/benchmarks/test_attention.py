@@ -15,9 +15,9 @@ from benchmarks import attention, attention_cases, attention_contenders
 from benchmarks.attention_cases import Case, cases
 from benchmarks.attention_contenders import BASELINES, Baseline, Jagged, Padded, PerSequence, build, computes_softmax
 from benchmarks.attention_problem import expected, make_problem
-from benchmarks.results import load
 from hstu_dist.ops import backends
 from hstu_dist.ops.spec import Backend
+from hstu_dist.report.results import load
 
 CPU = torch.device("cpu")
 LENGTHS = (7, 1, 12)

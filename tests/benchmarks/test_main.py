@@ -9,8 +9,7 @@ import torch
 
 from benchmarks import __main__ as command_line
 from benchmarks import attention
-from benchmarks.environment import ROOT, describe
-from benchmarks.results import RESULTS
+from benchmarks.environment import RESULTS, ROOT, describe
 
 
 def test_help_lists_every_benchmark_with_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,7 +43,7 @@ class LossHook(Hook):
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         loss = torch.tensor(result.loss_sum, dtype=torch.float64)
         dist.all_reduce(loss)
-        self.losses.append(float(loss) / result.tokens)
+        self.losses.append(float(loss) / result.work.tokens)
 
 
 def trainer_of(session: Session, state: TrainState, epochs: int, hooks: Sequence[Hook] = ()) -> Trainer:

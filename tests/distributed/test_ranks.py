@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hstu_dist.distributed.process_group import process_group, set_threads, sum_over_ranks
+from hstu_dist.distributed.process_group import claim_machine, process_group, sum_over_ranks
 from hstu_dist.errors import UserError
 from tests.distributed.ranks import RanksFailedError, run_ranks
 
@@ -48,8 +48,8 @@ def test_a_single_process_needs_no_torchrun(monkeypatch: pytest.MonkeyPatch) -> 
     threads = torch.get_num_threads()
     with process_group("auto" if not torch.cuda.is_available() else "cpu", 5) as world:
         assert (world.rank, world.size, world.local_size, world.device.type) == (0, 1, 1, "cpu")
-        assert set_threads(3, world) == torch.get_num_threads() == 3
-        assert set_threads(None, world) >= 1
+        assert claim_machine(3, world) == torch.get_num_threads() == 3
+        assert claim_machine(None, world) >= 1
     assert not dist.is_initialized()
     torch.set_num_threads(threads)
     if not torch.cuda.is_available():

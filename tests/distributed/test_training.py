@@ -20,6 +20,8 @@ RUNS = {
     "full_softmax": ["loss=full_softmax", "optimizer.clip_norm=0.5", "optimizer.schedule.kind=cosine"],
     "sasrec": ["model=sasrec", "optimizer.weight_decay=0.01"],
     # Adagrad and Adam do not see a gradient that is too large by the number of ranks; these do
+    "adamw": ["embedding.optimizer.kind=adamw", "embedding.optimizer.weight_decay=0.1"],
+    "rowwise_adamw": ["embedding=table_wise", "embedding.optimizer.kind=rowwise_adamw"],
     "scale": ["embedding.optimizer.kind=sgd", "embedding.optimizer.learning_rate=1.0", "optimizer.eps=1.0"],
     "reference": ["model.backend=reference"],
 }

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import psutil
 
-from tests.tiny import tiny_overrides
+from tests.tiny import result_of, tiny_overrides
 
 REPOSITORY = Path(__file__).parents[2]
 _SECONDS = 120
@@ -100,5 +100,4 @@ class TinyRun:
         return sorted(int(p.name.removeprefix("step-")) for p in (self.folder / "checkpoints").glob("step-*[0-9]"))
 
     def result(self) -> dict[str, Any]:
-        result: dict[str, Any] = json.loads((self.folder / "result.json").read_text())
-        return result
+        return result_of(self.folder)

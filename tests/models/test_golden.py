@@ -49,7 +49,7 @@ def layer_of(values: dict[str, Tensor], backend: Backend) -> HSTULayer:
         max_length=longest,
         normalizer=longest,
     )
-    layer = HSTULayer(config, backend)
+    layer = HSTULayer(config, backend, backends.row_kernels(backend))
     layer.load_state_dict(
         {
             "uvqk.weight": values["param._uvqk"].T,

@@ -61,13 +61,12 @@ def test_dropout_is_off_in_evaluation_and_random_in_training(variant: str) -> No
 def test_every_dropout_draws_numbers_of_its_own(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     keys: list[int] = []
 
-    def record(x: Tensor, rate: float, noise: TokenNoise | None) -> Tensor:
+    def record(noise: TokenNoise | None, rate: float) -> None:
         assert noise is not None and rate == 0.2
         keys.append(noise.key)
-        return x
 
     for module in (hstu, tower_module, transformer):
-        monkeypatch.setattr(module, "dropout", record)
+        monkeypatch.setattr(module, "drop_of", record)
     tower, batch = tower_of(VARIANTS[variant]), batch_of([3])
     for step in range(2):
         encode(tower, torch.randn(3, tower.width), batch, noise_key=step)

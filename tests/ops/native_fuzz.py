@@ -113,6 +113,9 @@ def fuzz(library: ctypes.CDLL, calls: int, seed: int) -> None:
         # all of them on every tenth call, otherwise one in turn
         for isa in isas if i % 10 == 0 else [isas[i % len(isas)]]:
             call.isa = isa
+            if call.is_softmax and (call.position_weight or call.time_weight):
+                rows = shown["lse"].size
+                call.row_sums, call.row_claims = arena.put(np.zeros(2 * rows)), arena.put(np.zeros(rows, np.int32))
             for function in (library.hstu_forward, library.hstu_backward):
                 assert function(ctypes.byref(call)) == Status.OK, f"call {i}"
             for name, values in shown.items():

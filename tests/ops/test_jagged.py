@@ -37,7 +37,7 @@ def test_positions_and_owners(lengths: tuple[int, ...]) -> None:
 def test_id_set_holds_each_id_once_and_finds_it(parts: list[list[int]], use_table: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jagged, "_TABLE_LIMIT", 1 << 24 if use_table else 0)
-        ids = IdSet([torch.tensor(part, dtype=torch.int64) for part in parts], 31)
+        ids = IdSet.of([torch.tensor(part, dtype=torch.int64) for part in parts], 31)
     assert ids.ids.tolist() == sorted({i for part in parts for i in part})
     assert ids.ids.dtype == torch.int64
     for part in parts:
@@ -51,6 +51,6 @@ def test_id_set_holds_each_id_once_and_finds_it(parts: list[list[int]], use_tabl
 def test_id_set_keeps_shapes_and_large_ids(high: int) -> None:
     # float32 would merge the two largest
     grid = torch.tensor([[high - 1, 0, high - 2], [5, high - 1, 5]])
-    ids = IdSet([grid, torch.tensor([3])], high)
+    ids = IdSet.of([grid, torch.tensor([3])], high)
     assert ids.ids.tolist() == [0, 3, 5, high - 2, high - 1]
     assert ids.places(grid).tolist() == [[4, 0, 3], [2, 4, 2]]

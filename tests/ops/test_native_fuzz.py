@@ -12,7 +12,6 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CALLS = 10_000
 
 
 def hatch_build() -> ModuleType:
@@ -30,25 +29,34 @@ def sanitizer_runtime(compiler: list[str]) -> str | None:
     return str(path) if path.is_absolute() and path.is_file() else None
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="the library is built on Linux only")
-def test_random_calls_under_sanitizers(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The library with checks of every access, and the runtime that it needs."""
     build = hatch_build()
     compiler = build.find_compiler()
     runtime = None if compiler is None else sanitizer_runtime(compiler)
     if runtime is None:
         pytest.skip("needs a C++ compiler with AddressSanitizer")
-    library = tmp_path / "libhstu_native.so"
+    library = tmp_path_factory.mktemp("sanitized") / "libhstu_native.so"
     build.build(compiler, library, ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"])
+    return library, runtime
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the library is built on Linux only")
+@pytest.mark.parametrize(("script", "calls"), [("native_fuzz.py", 10_000), ("softmax_fuzz.py", 1_500)])
+def test_random_calls_under_sanitizers(script: str, calls: int, sanitized: tuple[Path, str]) -> None:
+    library, runtime = sanitized
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "LD_PRELOAD": runtime,
         "PYTHONMALLOC": "malloc",
-        "ASAN_OPTIONS": "detect_leaks=0",
+        # memory that nobody wrote is NaN
+        "ASAN_OPTIONS": "detect_leaks=0:max_malloc_fill_size=1073741824:malloc_fill_byte=255",
         # threads that wait should not spin: the sanitizers make them wait a lot
         "OMP_WAIT_POLICY": "passive",
     }
-    command = [sys.executable, str(ROOT / "tests/ops/native_fuzz.py"), str(library), str(CALLS), "0"]
+    command = [sys.executable, str(ROOT / "tests/ops" / script), str(library), str(calls), "0"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-4000:]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hstu_dist.ops.random import TokenNoise, dropout, fold
+from hstu_dist.ops.random import TokenNoise, fold
 
 NOISE = TokenNoise(fold(11, 22), torch.arange(1 << 14))
 # deviations that a statistic may be off: one in a million by chance, and chance was drawn once
@@ -107,24 +107,6 @@ def test_impossible_ranges_are_refused(high: int) -> None:
         NOISE.integers(1, high)
 
 
-@pytest.mark.parametrize("rate", [0.1, 0.2, 0.5, 0.9])
-def test_dropout_zeroes_its_rate_and_keeps_the_mean(rate: float) -> None:
-    x = torch.ones(len(NOISE.tokens), 24, requires_grad=True)
-    y = dropout(x, rate, NOISE)
-    kept = y.detach() != 0
-    assert torch.equal(y.detach()[kept], torch.full_like(y.detach()[kept], 1 / (1 - rate)))
-    spread = (rate * (1 - rate) / kept.numel()) ** 0.5
-    assert abs(float(kept.double().mean()) - (1 - rate)) < SIGMAS * spread
-    (gradient,) = torch.autograd.grad(y.sum(), x)
-    assert torch.equal(gradient, y.detach())
-
-
-def test_dropout_is_the_identity_without_noise_or_rate() -> None:
-    x = torch.randn(3, 4)
-    assert dropout(x, 0.5, None) is x
-    assert dropout(x, 0.0, TokenNoise(1, torch.arange(3))) is x
-
-
 def test_truncated_normal_has_its_moments() -> None:
     x = NOISE.truncated_normal(32)
     assert x.dtype == torch.float32 and x.shape == (len(NOISE.tokens), 32)
@@ -140,4 +122,3 @@ def test_truncated_normal_has_its_moments() -> None:
 def test_no_token_at_all() -> None:
     nothing = TokenNoise(1, torch.arange(0))
     assert nothing.words(3).shape == nothing.integers(3, 9).shape == nothing.truncated_normal(3).shape == (0, 3)
-    assert dropout(torch.empty(0, 3), 0.5, nothing).shape == (0, 3)

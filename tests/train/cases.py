@@ -11,6 +11,7 @@ from hstu_dist.data.config import LoaderConfig
 from hstu_dist.data.loader import BatchLoader
 from hstu_dist.data.split import Split
 from hstu_dist.distributed.process_group import World
+from hstu_dist.models.flops import Workload
 from hstu_dist.train.state import TrainState
 from hstu_dist.train.step import StepResult
 from hstu_dist.train.trainer import Hook, Trainer
@@ -24,13 +25,13 @@ def idle_trainer(
     hooks: Sequence[Hook] = (),
     state: TrainState | None = None,
     epochs: int = 2,
-    step: Callable[[JaggedBatch, int, tuple[int, int]], StepResult] | None = None,
+    step: Callable[[JaggedBatch, Workload, tuple[int, int]], StepResult] | None = None,
 ) -> Trainer:
     """3 batches an epoch; the loss of every position is 1."""
     config = LoaderConfig(split=Split.TRAIN, global_batch_size=2, max_length=8)
 
-    def idle(batch: JaggedBatch, tokens: int, position: tuple[int, int]) -> StepResult:
-        return StepResult(float(tokens), tokens, 0.5)
+    def idle(batch: JaggedBatch, work: Workload, position: tuple[int, int]) -> StepResult:
+        return StepResult(float(work.tokens), work, 0.5)
 
     loader = BatchLoader(dataset_of([6, 9, 7, 5, 12]), config)
     assert len(loader) == BATCHES

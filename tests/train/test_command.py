@@ -14,6 +14,7 @@ from hstu_dist.data.split import Split
 from hstu_dist.train.metrics_log import read_metrics
 from tests.distributed.cases import tiny_config
 from tests.distributed.ranks import RanksFailedError, run_ranks
+from tests.tiny import result_of
 
 
 def train_tiny(data: Path, output: Path, *settings: str) -> list[str]:
@@ -31,8 +32,10 @@ def evaluate_tiny(data: Path, output: Path, split: Split, *settings: str) -> lis
 
 def test_a_run_ends_with_a_result_that_evaluation_confirms(tiny_data: Path, tmp_path: Path) -> None:
     settings = ["trainer.logging.tensorboard=true", "trainer.epochs=3", "trainer.logging.every_steps=4"]
-    # too fast: an early epoch is the best, and only its checkpoint gives the result
-    settings += ["optimizer.learning_rate=0.3", "trainer.checkpoint.keep=1"]
+    # a decay that grows until it undoes what was learnt: the first epoch is the best by far, at any seed
+    settings += ["optimizer.learning_rate=0.1", "optimizer.weight_decay=100", "optimizer.schedule.warmup_steps=24"]
+    # and only its checkpoint gives the result
+    settings += ["embedding.optimizer.learning_rate=3", "trainer.checkpoint.keep=1"]
     said, silent = run_ranks(2, train_tiny, tiny_data, tmp_path, *settings)
     assert not silent
     run_dir = tmp_path / "tiny"
@@ -47,8 +50,15 @@ def test_a_run_ends_with_a_result_that_evaluation_confirms(tiny_data: Path, tmp_
     validated = {line["step"]: line["validation/ndcg@10"] for line in lines if "validation/ndcg@10" in line}
     assert list(validated) == [8, 16, 24]
     best = max(validated.values())
-    assert result["best_epoch"] < 3
+    assert result["best_epoch"] == 1
     assert result["validation"] == {"ndcg@10": best} and validated[8 * result["best_epoch"]] == best
+
+    speed = result["speed"]
+    logged = [line for line in lines if "speed/mfu" in line]
+    # the mean over the run lies between those over its parts; checkpoints count too
+    assert 0 < speed["mfu"] <= max(line["speed/mfu"] for line in logged) and len(logged) == 6
+    assert 0 < speed["tokens_per_second"] <= max(line["speed/tokens_per_second"] for line in logged)
+    assert speed["train_seconds"] > 0 and speed["evaluation_seconds"] > 0
 
     assert any(f"{result['test']['hr@10']:.4f}" in line for line in said)
     said, _ = run_ranks(2, train_tiny, tiny_data, tmp_path, *settings)
@@ -66,6 +76,48 @@ def test_a_run_goes_on_with_more_epochs(tiny_data: Path, tmp_path: Path) -> None
     (second,) = run_ranks(1, train_tiny, tiny_data, tmp_path, "trainer.epochs=2")
     assert any("continuing at epoch 1, step 8" in line for line in second) and first != second
     assert json.loads((tmp_path / "tiny" / "result.json").read_text())["steps"] == 16
+
+
+def test_a_refit_repeats_the_chosen_epochs_on_all_but_the_test_events(tiny_data: Path, tmp_path: Path) -> None:
+    """Stopped by its user and continued, it ends as if left alone; it never sees the validation events as a target."""
+    refit = ["trainer.train_on=train_validation", "trainer.epochs=3", "trainer.stop_epoch=2"]
+    # a schedule and two ranks: both must continue as they were
+    refit += ["optimizer.schedule.kind=linear", "trainer.evaluation.track_test=true"]
+    said, _ = run_ranks(2, train_tiny, tiny_data, tmp_path / "whole", *refit)
+    whole = result_of(tmp_path / "whole" / "tiny")
+    assert (whole["train_on"], whole["epochs"], whole["steps"]) == ("train_validation", 2, 16)
+    assert "best_epoch" not in whole and "validation" not in whole
+    assert any("test after 2 epochs on the training and validation events" in line for line in said)
+    lines = read_metrics(tmp_path / "whole" / "tiny")
+    assert not [line for line in lines if "validation/ndcg@10" in line]
+    tracked = {line["step"] // 8: line for line in lines if "reference_protocol/test/hr@10" in line}
+    best = max(tracked, key=lambda epoch: (tracked[epoch]["reference_protocol/test/ndcg@10"], -epoch))
+    assert list(tracked) == [1, 2] and whole["reference_protocol"]["best_epoch"] == best
+    # the test metrics are those of the last epoch, best or not
+    assert all(tracked[2][f"reference_protocol/test/{name}"] == value for name, value in whole["test"].items())
+
+    run_ranks(2, train_tiny, tiny_data, tmp_path / "parts", *refit, "trainer.stop_epoch=1")
+    (tmp_path / "parts" / "tiny" / "result.json").unlink()
+    run_ranks(2, train_tiny, tiny_data, tmp_path / "parts", *refit)
+    assert result_of(tmp_path / "parts" / "tiny") == whole
+    said, _ = run_ranks(2, train_tiny, tiny_data, tmp_path / "parts", *refit)
+    assert any("already finished at epoch 2, step 16" in line for line in said)
+
+    (said,) = run_ranks(1, evaluate_tiny, tiny_data, tmp_path / "whole", Split.TEST, *refit)
+    assert f"{'hr@10':>10} {whole['test']['hr@10']:.4f}" in said
+    with pytest.raises(RanksFailedError, match="was trained on the validation events -> evaluate it with --split test"):
+        run_ranks(1, evaluate_tiny, tiny_data, tmp_path / "whole", Split.VALIDATION, *refit)
+
+
+def test_tracking_the_test_split_changes_nothing_else(tiny_data: Path, tmp_path: Path) -> None:
+    run_ranks(1, train_tiny, tiny_data, tmp_path / "plain")
+    (said,) = run_ranks(1, train_tiny, tiny_data, tmp_path / "tracked", "trainer.evaluation.track_test=true")
+    plain, tracked = (result_of(tmp_path / name / "tiny") for name in ("plain", "tracked"))
+    reference = tracked.pop("reference_protocol")
+    assert tracked == plain
+    shown = f"best test epoch ({reference['best_epoch']})*"
+    assert shown in said[-1] and "* for comparison with published tables only" in said[-1]
+    assert f"{reference['test']['ndcg@10']:.4f}" in said[-1]
 
 
 def test_evaluation_needs_a_run(tiny_data: Path, tmp_path: Path) -> None:

@@ -8,12 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from hstu_dist.batch import JaggedBatch
 from hstu_dist.commands.session import Session
 from hstu_dist.data.split import Split
 from hstu_dist.errors import UserError
+from hstu_dist.models.flops import Workload
 from hstu_dist.train.step import TrainStep
 from tests.distributed.cases import build, tiny_config
 from tests.train.cases import WORLD
+
+
+def work_of(batch: JaggedBatch) -> Workload:
+    return Workload.causal(batch.lengths.tolist())
 
 
 def step_of(data: Path, *overrides: str) -> tuple[Session, TrainStep]:
@@ -26,11 +32,11 @@ def step_of(data: Path, *overrides: str) -> tuple[Session, TrainStep]:
 def test_the_first_loss_is_that_of_the_objective(loss: str, tiny_data: Path) -> None:
     session, step = step_of(tiny_data, f"loss={loss}", "model.dropout=0")
     batch = next(session.loader(Split.TRAIN).epoch(0))
-    result = step(batch, batch.num_tokens, (0, 16))
-    assert result.tokens == batch.num_tokens and result.learning_rate == pytest.approx(1e-3)
+    result = step(batch, work_of(batch), (0, 16))
+    assert result.work == work_of(batch) and result.learning_rate == pytest.approx(1e-3)
     # untrained, every candidate looks alike but for scores of spread 1 / (tau * sqrt(width))
     candidates = 9 if loss == "sampled_softmax" else 40
-    assert math.log(candidates) < result.loss_sum / result.tokens < math.log(candidates) + 25
+    assert math.log(candidates) < result.loss_sum / batch.num_tokens < math.log(candidates) + 25
 
 
 def test_repeating_a_step_from_the_same_state_repeats_its_loss(tiny_data: Path) -> None:
@@ -38,7 +44,7 @@ def test_repeating_a_step_from_the_same_state_repeats_its_loss(tiny_data: Path) 
     for _ in range(2):
         session, step = step_of(tiny_data)
         batches = session.loader(Split.TRAIN).epoch(0)
-        losses.append([step(batch, batch.num_tokens, (i, 16)).loss_sum for i, batch in enumerate(batches)])
+        losses.append([step(batch, work_of(batch), (i, 16)).loss_sum for i, batch in enumerate(batches)])
     assert losses[0] == losses[1] and len(losses[0]) == 8
 
 
@@ -50,7 +56,7 @@ def test_a_loss_that_is_no_number_is_refused_before_anything_is_updated(value: f
     before = {name: tensor.clone() for name, tensor in session.recommender.tower.state_dict().items()}
     batch = next(session.loader(Split.TRAIN).epoch(0))
     with pytest.raises(UserError, match="step 3: the loss is nan on rank 0") as caught:
-        step(batch, batch.num_tokens, (3, 16))
+        step(batch, work_of(batch), (3, 16))
     assert "learning rates" in caught.value.remedy
     after = session.recommender.tower.state_dict()
     assert all(

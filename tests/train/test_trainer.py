@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,18 @@ import torch
 
 from hstu_dist.checkpoint.manager import CheckpointManager
 from hstu_dist.commands.train import stop_signals
+from hstu_dist.models.flops import Workload
 from hstu_dist.train.config import CheckpointConfig, EvaluationConfig, LoggingConfig, ProfileConfig
-from hstu_dist.train.hooks import CheckpointHook, EvaluateHook, LogHook, ProfileHook
+from hstu_dist.train.hooks import CheckpointHook, EvaluateHook, LogHook, ProfileHook, TrackTestHook
 from hstu_dist.train.metrics_log import MetricsLog, read_metrics
 from hstu_dist.train.state import TrainState
 from hstu_dist.train.step import StepResult
 from hstu_dist.train.trainer import Hook, Trainer
 from tests.train.cases import BATCHES, idle_trainer
+
+
+def flops_of(work: Workload) -> int:
+    return 1000 * work.tokens
 
 
 @dataclass
@@ -67,15 +73,17 @@ def test_hooks_are_called_in_order_with_a_state_that_counts() -> None:
 def test_tokens_and_positions_reach_the_step() -> None:
     seen = []
 
-    def step(batch: Any, tokens: int, position: tuple[int, int]) -> StepResult:
-        assert tokens == batch.num_tokens
+    def step(batch: Any, work: Workload, position: tuple[int, int]) -> StepResult:
+        assert work == Workload.causal(batch.lengths.tolist()) and work.tokens == batch.num_tokens
         seen.append(position)
-        return StepResult(0.0, tokens, 0.0)
+        return StepResult(0.0, work, 0.0)
 
     trainer = idle_trainer(step=step)
     trainer.fit()
     assert seen == [(i, 2 * BATCHES) for i in range(2 * BATCHES)]
-    assert trainer.state.tokens == 2 * sum(batch.num_tokens for batch in trainer.loader.epoch(0))
+    lengths = [n for batch in trainer.loader.epoch(0) for n in batch.lengths.tolist()]
+    counted = Workload(tokens=trainer.state.tokens, attention_pairs=trainer.state.attention_pairs)
+    assert counted == Workload.causal(lengths * 2)
 
 
 def test_a_restored_state_continues_inside_its_epoch() -> None:
@@ -97,7 +105,7 @@ def test_a_request_to_stop_ends_before_the_next_step(stop_at: int) -> None:
 
 
 def test_an_error_in_the_step_is_the_caller_s() -> None:
-    def step(batch: Any, tokens: int, position: tuple[int, int]) -> StepResult:
+    def step(batch: Any, work: Workload, position: tuple[int, int]) -> StepResult:
         raise RuntimeError("broken step")
 
     with pytest.raises(RuntimeError, match="broken step"):
@@ -148,6 +156,45 @@ def test_validation_comes_every_few_epochs_and_at_the_end() -> None:
     assert epochs == [2, 4, 5] and trainer.state.best_epoch == 5
 
 
+def test_the_tracked_test_split_chooses_nothing(tmp_path: Path) -> None:
+    config = EvaluationConfig(patience=2, track_test=True)
+    readings = iter([{"ndcg@10": value, "hr@10": 2 * value} for value in (0.1, 0.2, 0.4, 0.3, 0.9)])
+    logging = LoggingConfig(progress=False, tensorboard=False)
+    with MetricsLog(tmp_path, logging, {}, resume_step=0) as log:
+        hooks = [evaluation([0.2, 0.3, 0.1, 0.1], patience=2), TrackTestHook(config, lambda: next(readings), log)]
+        trainer = idle_trainer(hooks, epochs=9)
+        trainer.fit()
+    state = trainer.state
+    # validation alone picked epoch 2 and ended the run before the best test reading came
+    assert (state.epoch, state.best_epoch, state.stopped_early) == (4, 2, True)
+    assert (state.best_test_epoch, state.best_test) == (3, {"ndcg@10": 0.4, "hr@10": 0.8})
+    logged = [line["reference_protocol/test/hr@10"] for line in read_metrics(tmp_path)]
+    assert logged == [0.2, 0.4, 0.8, 0.6]
+    restored = TrainState()
+    restored.load_state_dict(json.loads(json.dumps(state.state_dict())))
+    assert restored == state
+
+
+def test_a_run_can_end_inside_its_schedule() -> None:
+    positions: list[tuple[int, int]] = []
+    epochs: list[int] = []
+
+    def step(batch: Any, work: Workload, position: tuple[int, int]) -> StepResult:
+        positions.append(position)
+        return StepResult(0.0, work, 0.0)
+
+    def validate() -> dict[str, float]:
+        epochs.append(trainer.state.epoch)
+        return {"ndcg@10": 0.5}
+
+    trainer = idle_trainer([EvaluateHook(EvaluationConfig(every_epochs=2), validate, log=None)], epochs=9, step=step)
+    trainer.stop_epoch = 3
+    trainer.fit()
+    assert trainer.state.epoch == 3 and not trainer.state.stopped_early
+    # the learning rate still sees all nine, and the last epoch is validated
+    assert positions == [(i, 9 * BATCHES) for i in range(3 * BATCHES)] and epochs == [2, 3]
+
+
 def test_a_fresh_state_survives_json() -> None:
     state = TrainState()
     state.load_state_dict(json.loads(json.dumps(TrainState().state_dict(), allow_nan=False)))
@@ -183,7 +230,7 @@ def test_a_stopped_run_saves_what_it_has_done_once(tmp_path: Path) -> None:
 def test_metrics_are_logged_by_step_number(tmp_path: Path) -> None:
     config = LoggingConfig(every_steps=2, progress=False, tensorboard=False)
     with MetricsLog(tmp_path, config, {}, resume_step=0) as log:
-        idle_trainer([LogHook(config, log)], TrainState(epoch=0, batch=1, step=1)).fit()
+        idle_trainer([LogHook(config, log, flops_of)], TrainState(epoch=0, batch=1, step=1)).fit()
     lines = read_metrics(tmp_path)
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert [line["train/loss"] for line in lines] == [1.0, 1.0, 1.0]
@@ -191,6 +238,49 @@ def test_metrics_are_logged_by_step_number(tmp_path: Path) -> None:
     for line in lines:
         assert line["train/learning_rate"] == 0.5 and line["memory/peak_gib_per_rank"] > 0.01
         assert line["speed/tokens_per_second"] > 0 and line["speed/seconds_per_step"] > 0
+        assert line["speed/flops_per_second"] == pytest.approx(1000 * line["speed/tokens_per_second"])
+        assert "speed/mfu" not in line
+
+
+def test_speed_is_that_of_training_alone(tmp_path: Path) -> None:
+    config = LoggingConfig(every_steps=2, progress=False, tensorboard=False)
+
+    def step(batch: Any, work: Workload, position: tuple[int, int]) -> StepResult:
+        time.sleep(0.01)
+        return StepResult(0.0, work, 0.0)
+
+    def validate() -> dict[str, float]:
+        time.sleep(0.5)
+        return {"ndcg@10": 0.5}
+
+    with MetricsLog(tmp_path, config, {}, resume_step=0) as log:
+        trainer = idle_trainer([LogHook(config, log, flops_of), EvaluateHook(EvaluationConfig(), validate, None)])
+        trainer.step, trainer.peak_flops = step, 1e6
+        trainer.fit()
+    state = trainer.state
+    assert 2 * 0.5 <= state.evaluation_seconds < 2
+    assert 6 * 0.01 <= state.train_seconds < 0.5
+    assert state.available_flops == pytest.approx(1e6 * state.train_seconds)
+    # the second line spans a validation
+    for line in read_metrics(tmp_path):
+        assert 0.01 <= line["speed/seconds_per_step"] < 0.2
+        assert line["speed/mfu"] == pytest.approx(line["speed/flops_per_second"] / 1e6)
+
+
+def test_the_clock_goes_on_where_a_checkpoint_left_it() -> None:
+    state = TrainState(epoch=1, step=BATCHES, train_seconds=100.0, evaluation_seconds=7.0, available_flops=3e9)
+    restored = TrainState()
+    restored.load_state_dict(json.loads(json.dumps(state.state_dict())))
+    trainer = idle_trainer(state=restored)
+    trainer.peak_flops = 1e6
+    trainer.fit()
+    assert 100 < restored.train_seconds < 110 and restored.evaluation_seconds == 7
+    assert restored.available_flops == pytest.approx(3e9 + 1e6 * (restored.train_seconds - 100))
+    # a session on devices that nobody knows leaves the whole unknown
+    idle_trainer(state=restored, epochs=3).fit()
+    assert restored.available_flops is None
+    restored.add_training_time(1.0, 1e6)
+    assert restored.available_flops is None
 
 
 @pytest.mark.parametrize("watched", [True, False])
@@ -198,16 +288,18 @@ def test_the_progress_bar_shows_the_run_to_a_terminal(watched: bool, monkeypatch
     screen = io.StringIO()
     screen.isatty = lambda: watched  # type: ignore[method-assign]
     monkeypatch.setattr(sys, "stderr", screen)
-    idle_trainer([LogHook(LoggingConfig(every_steps=1), log=None)]).fit()
+    trainer = idle_trainer([LogHook(LoggingConfig(every_steps=1), None, flops_of)])
+    trainer.peak_flops = 1e12
+    trainer.fit()
     shown = screen.getvalue()
-    assert ("6/6" in shown and "loss=1.0000" in shown) if watched else not shown
+    assert ("6/6" in shown and "loss=1.0000" in shown and "mfu=0.0%" in shown) if watched else not shown
 
 
 @pytest.mark.parametrize(("first", "count"), [(0, 1), (2, 2), (4, 99)])
 def test_a_trace_of_the_chosen_steps_is_written(first: int, count: int, tmp_path: Path) -> None:
-    def step(batch: Any, tokens: int, position: tuple[int, int]) -> StepResult:
+    def step(batch: Any, work: Workload, position: tuple[int, int]) -> StepResult:
         with torch.profiler.record_function(f"step {position[0]}"):
-            return StepResult(float(torch.ones(2).sum()), tokens, 0.0)
+            return StepResult(float(torch.ones(2).sum()), work, 0.0)
 
     idle_trainer([ProfileHook(ProfileConfig(first_step=first, num_steps=count), tmp_path)], step=step).fit()
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]

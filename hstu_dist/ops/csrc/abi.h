@@ -52,6 +52,10 @@ struct HstuCall {
   void* out;  // [T, H, V] contiguous: written by the forward, read by the backward of softmax
   double* lse;  // [H, T], softmax only, likewise
 
+  // zeros, that the backward of a softmax with a bias works in; null otherwise
+  double* row_sums;     // [2, H, T]
+  int32_t* row_claims;  // [H, T]
+
   const void* grad_out;   // [T, H, V] contiguous
   void* grad_q;           // [T, H, Q], [T_keys, H, Q], [T_keys, H, V] contiguous
   void* grad_k;

@@ -34,13 +34,10 @@ struct BackwardScratch {
   Axis query_axis;
   alignas(64) T weights[kBlock * kBlock];
   alignas(64) T grad_scores[kBlock * kBlock];
-  // softmax only: the log-sum-exp and the sum of out * grad_out, each as its rounded value and the rest
-  T lse[kBlock];
-  T lse_rest[kBlock];
-  T delta[kBlock];
-  T delta_rest[kBlock];
-  T free[kBlock];  // 0 for a query with one key: its weight is 1 whatever the score, where rounding would differ
+  SoftmaxRows<T> rows;  // softmax only
+  MeanScratch<T> mean;  // softmax with a bias only
   alignas(64) T grad_buckets[kBuckets * kGroup];
+  double bucket_sums[kBuckets];  // what was moved out of grad_buckets
 };
 
 // Buffers whose size depends on the call.
@@ -49,6 +46,7 @@ struct BackwardBuffers {
   T* grad_query;  // [kBlock, Q rounded up]
   // by distance to the chunk's first key; double, because all targets share one position
   double* grad_position;
+  T* lanes;  // of find_row_sums
   T* heads;
 };
 
@@ -67,7 +65,8 @@ BackwardBuffers<T> backward_buffers(const Plan& plan, void* scratch) {
   BackwardBuffers<T> b;
   b.grad_query = reinterpret_cast<T*>(static_cast<char*>(scratch) + round_up(sizeof(BackwardScratch<T>), 64));
   b.grad_position = reinterpret_cast<double*>(b.grad_query + kBlock * q_row);
-  b.heads = reinterpret_cast<T*>(b.grad_position + position_sum_size(*plan.call, plan.max_keys));
+  b.lanes = reinterpret_cast<T*>(b.grad_position + position_sum_size(*plan.call, plan.max_keys));
+  b.heads = b.lanes + (plan.call->row_sums == nullptr ? 0 : lanes_size(*plan.call));
   return b;
 }
 
@@ -77,7 +76,8 @@ int64_t backward_scratch(const Plan& plan) {
   const int64_t rows = kBlock * round_up(call.q_width, kGroup);
   const int64_t sums = position_sum_size(call, plan.max_keys);
   return round_up(sizeof(BackwardScratch<T>), 64) + static_cast<int64_t>(sizeof(double)) * sums +
-         static_cast<int64_t>(sizeof(T)) * (rows + kChunkBlocks * plan.group_heads * backward_head_size<T>(call));
+         static_cast<int64_t>(sizeof(T)) *
+             (rows + lanes_size(call) + kChunkBlocks * plan.group_heads * backward_head_size<T>(call));
 }
 
 template <typename T>
@@ -94,12 +94,9 @@ BackwardHead<T> backward_head(const HstuCall& call, T* heads, int64_t i) {
 template <typename T>
 void load_keys(const HstuCall& call, int64_t row, int32_t count, int64_t h, BackwardHead<T>& head) {
   const T* k = static_cast<const T*>(call.k) + row * call.k_stride + h * call.q_width;
-  const T* v = static_cast<const T*>(call.v) + row * call.v_stride + h * call.v_width;
   const T alpha = T(call.alpha);
   __builtin_memset(head.key, 0, sizeof(T) * static_cast<size_t>(backward_head_size<T>(call)));
-  transpose(k, call.k_stride, count, call.q_width, head.key, int64_t{kBlock}, alpha);
-  transpose(v, call.v_stride, count, call.v_width, head.value, int64_t{kBlock},
-            call.is_softmax ? T(1) : T(1 / call.normalizer));
+  load_lanes(call, row, count, h, head.key, head.value);
   const int64_t q_row = round_up(call.q_width, kGroup);
   for (int32_t r = 0; r < count; ++r)
     for (int64_t c = 0; c < call.q_width; ++c) head.key_rows[r * q_row + c] = alpha * k[r * call.k_stride + c];
@@ -118,8 +115,8 @@ inline void activation_cell(BackwardScratch<T>& x, SharedTile<T>& tile, bool bia
       if (biased) score += load(tile.bias.value + r * kBlock + l);
       V<T> weight, grad = load(grad_at);
       if constexpr (Softmax) {
-        weight = exponential((score - x.lse[r]) - x.lse_rest[r]);
-        grad = weight * x.free[r] * ((grad - x.delta[r]) - x.delta_rest[r]);
+        weight = exponential((score - x.rows.lse[r]) - x.rows.lse_rest[r]);
+        grad = weight * x.rows.free[r] * ((grad - x.rows.mean[r]) - x.rows.mean_rest[r]);
       } else {
         // 1 - sigmoid as e^-x sigmoid: the difference would cancel for large x
         const V<T> inverse = exponential(-score);
@@ -151,25 +148,6 @@ void activation_tile(BackwardScratch<T>& x, SharedTile<T>& tile, bool biased, bo
   });
 }
 
-template <typename T>
-void load_softmax(const HstuCall& call, int64_t row, int32_t count, int64_t h, BackwardScratch<T>& x) {
-  const double* lse = call.lse + h * call.offsets[call.batch] + row;
-  for (int32_t r = 0; r < count; ++r) {
-    const int64_t at = ((row + r) * call.heads + h) * call.v_width;
-    const T* out = static_cast<const T*>(call.out) + at;
-    const T* grad = static_cast<const T*>(call.grad_out) + at;
-    double sum = 0;
-    for (int64_t c = 0; c < call.v_width; ++c) sum += double{out[c]} * double{grad[c]};
-    const Int<T> own = x.queries.own[r], b_lo = x.queries.b_lo[r], b_hi = x.queries.b_hi[r];
-    const bool one_key = x.queries.a_hi[r] <= (own == 0) && (b_hi <= b_lo || (b_lo == own && b_hi == own + 1));
-    x.lse[r] = T(lse[r]);
-    x.lse_rest[r] = T(lse[r] - double{x.lse[r]});
-    x.delta[r] = T(sum);
-    x.delta_rest[r] = T(sum - double{x.delta[r]});
-    x.free[r] = one_key ? 0 : 1;
-  }
-}
-
 // One head of one tile: its share of grad_q is added to `grad_query`.
 template <typename T>
 void backward_tile(const HstuCall& call, BackwardScratch<T>& x, SharedTile<T>& tile, const BackwardHead<T>& head,
@@ -192,7 +170,7 @@ void backward_tile(const HstuCall& call, BackwardScratch<T>& x, SharedTile<T>& t
   });
   const bool biased = call.position_weight != nullptr || call.time_weight != nullptr;
   if (call.is_softmax) {
-    load_softmax(call, query_row, tile.cells.rows, h, x);
+    load_softmax(call, query_row, x.queries, h, x.rows);
     activation_tile<T, true>(x, tile, biased, first_head);
   } else {
     activation_tile<T, false>(x, tile, biased, first_head);
@@ -252,6 +230,16 @@ void add_buckets(const SharedTile<T>& tile, T* sums) {
   });
 }
 
+template <typename T>
+void move_buckets(BackwardScratch<T>& x) {
+  for (int b = 0; b < kBuckets; ++b) {
+    double sum = 0;
+    for (int l = 0; l < kGroup; ++l) sum += double{x.grad_buckets[b * kGroup + l]};
+    x.bucket_sums[b] += sum;
+  }
+  __builtin_memset(x.grad_buckets, 0, sizeof x.grad_buckets);
+}
+
 // Adds the task's bias gradients to those of its sequence, after the tasks before it.
 template <typename T>
 void merge_bias(const Plan& plan, const Task& task, const BackwardScratch<T>& x, const double* grad_position,
@@ -266,11 +254,7 @@ void merge_bias(const Plan& plan, const Task& task, const BackwardScratch<T>& x,
     for (int32_t d = from; d < to; ++d) sums[d] += grad_position[d - first_distance];
   }
   if (plan.time_sums != nullptr)
-    for (int b = 0; b < kBuckets; ++b) {
-      double sum = 0;
-      for (int l = 0; l < kGroup; ++l) sum += x.grad_buckets[b * kGroup + l];
-      plan.time_sums[int64_t{task.sequence} * kBuckets + b] += sum;
-    }
+    for (int b = 0; b < kBuckets; ++b) plan.time_sums[int64_t{task.sequence} * kBuckets + b] += x.bucket_sums[b];
   __atomic_store_n(merged, *merged + 1, __ATOMIC_RELEASE);
 }
 
@@ -326,6 +310,7 @@ void backward_task(const Plan& plan, const Task& task, void* scratch) {
   const int32_t first_distance = first_key - static_cast<int32_t>(round_up(s.keys, kGroup)) - kBlock;
   if (biased) {
     __builtin_memset(x.grad_buckets, 0, sizeof x.grad_buckets);
+    __builtin_memset(x.bucket_sums, 0, sizeof x.bucket_sums);
     __builtin_memset(b.grad_position, 0, sizeof(double) * static_cast<size_t>(position_sum_size(call, s.keys)));
   }
   for (SharedTile<T>* tile = tiles; tile < end; ++tile) {
@@ -351,6 +336,8 @@ void backward_task(const Plan& plan, const Task& task, void* scratch) {
     if (biased)
       load_axis(s, s.keys - s.queries + first_query, x.queries.count,
                 call.query_times == nullptr ? nullptr : call.query_times + query_row, x.query_axis);
+    if (call.row_sums != nullptr)
+      find_row_sums(plan, s, block, x.queries, x.query_axis, first_head, count, x.mean, b.lanes);
     for (SharedTile<T>* tile = tiles; tile < end; ++tile) load_tile(plan, x, s, biased, *tile);
     int32_t* visits = plan.visits + (s.first_span + block) * plan.head_groups + task.head_group;
     const int32_t turn = touched_before(span, task.chunk);
@@ -369,7 +356,10 @@ void backward_task(const Plan& plan, const Task& task, void* scratch) {
       if (plan.position_sums != nullptr) add_positions(x.query_axis, *tile, first_distance, b.grad_position);
       if (plan.time_sums != nullptr) add_buckets(*tile, x.grad_buckets);
     }
+    // rows of a softmax add up to zero, and what is left of a bucket would drown in the rounding of a long sum
+    if (plan.time_sums != nullptr && call.is_softmax) move_buckets(x);
   }
   store_key_gradients(call, s, x, tiles, b.heads, first_head, count);
+  if (plan.time_sums != nullptr) move_buckets(x);
   if (biased) merge_bias(plan, task, x, b.grad_position, first_distance);
 }

@@ -15,6 +15,7 @@ namespace {
 #include "tile.h"
 #include "bias.h"
 #include "forward.h"
+#include "softmax.h"
 #include "backward.h"
 }  // namespace
 

@@ -1,17 +1,19 @@
-"""Result files keep one schema, are replaced whole, and show what was missed."""
+"""Result files keep one schema, are replaced whole, and their tables show what was missed."""
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from benchmarks import plots, results
-from benchmarks.results import Ratio, Results, Row
 from hstu_dist.errors import UserError
+from hstu_dist.report import plots, results
+from hstu_dist.report.results import Ratio, Results, Row
+from hstu_dist.report.tables import ratios_table, rows_table
 
 
 def row(contender: str = "native", metric: str = "forward", **changes: object) -> Row:
@@ -50,6 +52,13 @@ def test_the_schema_is_the_documented_one(tmp_path: Path) -> None:
     assert list(raw["rows"][0]) == ["case", "contender", "metric", "value", "unit", "n", "q25", "q75"]
     assert list(raw["ratios"][0]) == ["case", "metric", "a", "b", "value", "target"]
     assert raw["ratios"][2]["target"] is None
+
+
+def test_a_file_has_one_figure_a_line(tmp_path: Path) -> None:
+    lines = results.write(sample(), tmp_path).read_text().splitlines()
+    assert sum('"contender"' in line for line in lines) == len(sample().rows)
+    assert len(lines) == 2 + 9 + 2 + len(sample().rows) + len(sample().ratios)
+    assert results.load("attention_cpu", tmp_path) == sample()
 
 
 @pytest.mark.parametrize(
@@ -93,14 +102,20 @@ def test_a_ratio_meets_its_target_from_there_upwards() -> None:
 
 
 def test_tables_show_every_row_and_every_miss() -> None:
-    table = results.rows_table(sample()).splitlines()
+    table = rows_table(sample()).splitlines()
     assert table[0] == "| case | contender | forward (ms) | peak extra memory (MB) |"
     assert table[2] == "| B2 N8 | native | 2 (1.5 to 2.5) | 2 |"
     assert table[3] == "| B2 N8 | blocked | 150 (1.5 to 2.5) |  |"
-    ratios = results.ratios_table(sample()).splitlines()
+    ratios = ratios_table(sample()).splitlines()
     assert ratios[3] == "| B2 N8 | forward rate | native / sdpa | 1.25 | 2 | **missed** |"
     assert len(ratios) == 2 + 3
-    assert "blocked" not in results.rows_table(sample(), ("peak extra memory",))
+    assert "native again" in ratios[4] and len(ratios_table(sample(), with_target_only=True).splitlines()) == 2 + 2
+    assert "blocked" not in rows_table(sample(), ("peak extra memory",))
+    # hit rates differ in the third decimal
+    rates = replace(
+        sample(), rows=(row(value=0.28534, unit="1", n=1),), ratios=(replace(sample().ratios[0], value=0.28534),)
+    )
+    assert "| 0.2853 |" in rows_table(rates) and "| 0.2853 |" in ratios_table(rates)
 
 
 def test_one_figure_is_found_by_name() -> None:

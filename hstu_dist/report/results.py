@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -13,9 +13,6 @@ from pydantic.dataclasses import dataclass
 from hstu_dist.errors import UserError
 from hstu_dist.files import write_atomically
 from hstu_dist.validation import STRICT
-
-RESULTS = Path(__file__).parent / "results"
-"""Where committed result files and plots lie."""
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -103,19 +100,26 @@ class Results:
         raise KeyError(f"{self.name}: no row {case!r}, {contender!r}, {metric!r}")
 
 
-def write(results: Results, folder: Path = RESULTS) -> Path:
+def write(results: Results, folder: Path) -> Path:
     """Writes `<folder>/<name>.json`; a reader sees the old file or the new one, never a part.
 
     Returns:
         The path written.
     """
     path = folder / f"{results.name}.json"
-    text = json.dumps(asdict(results), indent=1, allow_nan=False) + "\n"
-    write_atomically(path, text.encode())
+    fields = [f" {json.dumps(name)}: {_json(value)}" for name, value in asdict(results).items()]
+    write_atomically(path, ("{\n" + ",\n".join(fields) + "\n}\n").encode())
     return path
 
 
-def load(name: str, folder: Path = RESULTS) -> Results:
+def _json(value: Any) -> str:
+    """A list with one entry a line: short files, and differences that name what changed."""
+    if not isinstance(value, tuple) or not value:
+        return json.dumps(value, allow_nan=False)
+    return "[\n" + ",\n".join(f"  {json.dumps(entry, allow_nan=False)}" for entry in value) + "\n ]"
+
+
+def load(name: str, folder: Path) -> Results:
     """Reads and checks a result file.
 
     Raises:
@@ -134,47 +138,3 @@ def load(name: str, folder: Path = RESULTS) -> Results:
         raise UserError(
             f"result file {path}: {field}: {first['msg']}", "measure it again: python -m benchmarks"
         ) from error
-
-
-def rows_table(results: Results, metrics: tuple[str, ...] | None = None) -> str:
-    """Markdown table: a line per case and contender, a column per metric, `median (q25 to q75)` in the cells."""
-    metrics = metrics or tuple(dict.fromkeys(row.metric for row in results.rows))
-    cells = {(row.case, row.contender, row.metric): row for row in results.rows}
-    units = {row.metric: row.unit for row in results.rows}
-    lines = [_line("case", "contender", *(_heading(metric, units.get(metric, "")) for metric in metrics))]
-    lines.append(_line("---", "---", *["---:"] * len(metrics)))
-    for case, contender in dict.fromkeys((row.case, row.contender) for row in results.rows):
-        found = [cells.get((case, contender, metric)) for metric in metrics]
-        if any(found):
-            lines.append(_line(case, contender, *("" if row is None else _cell(row) for row in found)))
-    return "\n".join(lines) + "\n"
-
-
-def ratios_table(results: Results) -> str:
-    """Markdown table of the ratios; a missed target stays in it and says so."""
-    lines = [_line("case", "metric", "ratio", "value", "target", ""), _line("---", "---", "---", "---:", "---:", "---")]
-    verdict = {True: "met", False: "**missed**", None: ""}
-    for ratio in results.ratios:
-        target = "" if ratio.target is None else f"{ratio.target:g}"
-        names = f"{ratio.a} / {ratio.b}"
-        lines.append(_line(ratio.case, ratio.metric, names, f"{ratio.value:.2f}", target, verdict[ratio.met]))
-    return "\n".join(lines) + "\n"
-
-
-def _line(*cells: str) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _heading(metric: str, unit: str) -> str:
-    return metric if unit in ("", "1") else f"{metric} ({unit})"
-
-
-def _cell(row: Row) -> str:
-    if row.n == 1:
-        return _short(row.value)
-    return f"{_short(row.value)} ({_short(row.q25)} to {_short(row.q75)})"
-
-
-def _short(value: float) -> str:
-    """Three significant digits, without an exponent."""
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.results import Results
 from hstu_dist.files import write_atomically
+from hstu_dist.report.results import Results
+
+Curves = dict[str, dict[str, list[tuple[int, float]]]]
+"""Metric → line → its points (epoch, value)."""
 
 
 def save_figure(figure: Figure, stem: Path) -> tuple[Path, Path]:
@@ -68,4 +72,32 @@ def save_bars(results: Results, metric: str, stem: Path) -> tuple[Path, Path]:
         panel.tick_params(labelsize=8)
     panels[-1, 0].set_xlabel(f"{metric} ({rows[0].unit})")
     figure.suptitle(f"{results.name} on {results.device}, commit {results.commit[:12]}", fontsize=9)
+    return save_figure(figure, stem)
+
+
+def save_curves(curves: Curves, title: str, stem: Path) -> tuple[Path, Path]:
+    """One panel per metric, one line per name; names that differ in their seed alone share a colour.
+
+    Args:
+        curves: what to draw.
+        title: of the figure.
+        stem: where, without suffix.
+
+    Returns:
+        Paths of PNG and SVG.
+    """
+    figure = Figure(figsize=(4.5 * len(curves), 3.5), layout="constrained")
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    for panel, (metric, lines) in zip(panels, curves.items(), strict=True):
+        colours: dict[str, str] = {}
+        for name, points in sorted(lines.items()):
+            kind = re.sub(r"_seed\d+$", "", name)
+            label = None if kind in colours else kind
+            colour = colours.setdefault(kind, f"C{len(colours)}")
+            panel.plot(*zip(*sorted(points), strict=True), color=colour, label=label, linewidth=1)
+        panel.set_title(metric, fontsize=9)
+        panel.set_xlabel("epoch", fontsize=8)
+        panel.tick_params(labelsize=8)
+    panels[0].legend(fontsize=8)
+    figure.suptitle(title, fontsize=9)
     return save_figure(figure, stem)

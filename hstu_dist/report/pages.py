@@ -1,0 +1,204 @@
+"""README.md's short tables and docs/results.md, rendered from the committed result files of a checkout."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hstu_dist.errors import UserError
+from hstu_dist.files import write_atomically
+from hstu_dist.report.plots import Curves, save_curves
+from hstu_dist.report.results import Results, Row, load
+from hstu_dist.report.tables import ratios_table, rows_table
+
+_BEGIN, _END = "<!-- results:begin -->\n", "<!-- results:end -->"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topic:
+    """How a result file is shown.
+
+    Attributes:
+        title: heading.
+        note: what a reader must know to read its figures.
+        metrics: columns of a table of rows in README.md; none: ratios alone.
+    """
+
+    title: str
+    note: str
+    metrics: tuple[str, ...] = ()
+
+
+TOPICS: Mapping[str, Topic] = {
+    "ml1m": Topic(
+        title="MovieLens-1M",
+        note="Means over the seeds (quartiles in brackets), ranked against all items but the history that the model "
+        "sees. "
+        "*validation-chosen* holds out a validation event, picks the best epoch by it and reads the test split once; "
+        "*refit* then trains that many epochs on the validation events too. Published figures are of the reference "
+        "protocol: trained on all but the test event, the best of all readings of the test split.",
+        metrics=("hr@10", "ndcg@10", "hr@50", "hr@200"),
+    ),
+    "attention_cpu": Topic(
+        title="Attention on a CPU", note="fp32; a ratio above 1 means that the first contender is faster or smaller."
+    ),
+    "kernels": Topic(
+        title="Triton kernels compiled ahead of time", note="Without a GPU: what the compiler reports, not a speed."
+    ),
+}
+"""Shown first and in this order; other result files follow under their own names."""
+
+
+@dataclass(frozen=True)
+class Checkout:
+    """The files of a repository that show figures.
+
+    Attributes:
+        root: its folder.
+    """
+
+    root: Path
+
+    @property
+    def results(self) -> Path:
+        """Folder of the result files."""
+        return self.root / "benchmarks" / "results"
+
+    @property
+    def readme(self) -> Path:
+        """The page with the short tables."""
+        return self.root / "README.md"
+
+    @property
+    def page(self) -> Path:
+        """The page with everything."""
+        return self.root / "docs" / "results.md"
+
+    def measured(self) -> dict[str, Results]:
+        """Result files by name, without the cells in folders of their own; in the order they are shown.
+
+        Raises:
+            UserError: this is no checkout, or a file does not fit the schema.
+        """
+        if not self.results.is_dir():
+            raise UserError(f"{self.results}: no such folder", "run the command at the root of a checkout")
+        names = sorted(path.stem for path in self.results.glob("*.json"))
+        order = [*(n for n in TOPICS if n in names), *(n for n in names if n not in TOPICS)]
+        return {name: load(name, self.results) for name in order}
+
+    def cells(self, name: str) -> list[Results]:
+        """The files that a summary was made from."""
+        return [load(f"{name}/{path.stem}", self.results) for path in sorted((self.results / name).glob("*.json"))]
+
+
+def write_pages(checkout: Checkout) -> list[Path]:
+    """Renders both pages and the plots.
+
+    Returns:
+        What was written.
+    """
+    # first, because it tells whether this is a checkout at all
+    tables = summary(checkout)
+    readme = embed(checkout.readme.read_text(), tables)
+    write_atomically(checkout.readme, readme.encode())
+    written = [checkout.readme, checkout.page]
+    for name in checkout.measured():
+        curves = learning_curves(checkout.cells(name))
+        if curves:
+            stem = checkout.page.parent / "figures" / f"{name}_learning_curves"
+            written += save_curves(curves, f"{name}: a line per experiment and seed", stem)
+    # after the plots, which it links to
+    write_atomically(checkout.page, everything(checkout).encode())
+    return written
+
+
+def embed(page: str, tables: str) -> str:
+    """README text with its tables replaced.
+
+    Raises:
+        UserError: the markers are missing.
+    """
+    before, begin, rest = page.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not begin or not end:
+        raise UserError(f"README.md: got no markers {_BEGIN.strip()} and {_END}", "put them where the tables belong")
+    return f"{before}{begin}{tables}{end}{after}"
+
+
+def summary(checkout: Checkout) -> str:
+    """Markdown for README.md: chosen rows, and ratios that have a target."""
+    parts = [_summary_of(name, results) for name, results in checkout.measured().items()]
+    if not parts:
+        return "No result file is committed yet; `python -m benchmarks --help` lists what can be measured.\n"
+    return "\n".join([*parts, "Every figure: [docs/results.md](docs/results.md).\n"])
+
+
+def everything(checkout: Checkout) -> str:
+    """Markdown of docs/results.md: all ratios and rows of all result files, and the plots that exist."""
+    source = "[benchmarks/results](../benchmarks/results)"
+    head = f"# Results\n\nRendered by `python -m hstu_dist report results` from {source}.\n"
+    return "\n".join([head, *(_section(checkout, name, results) for name, results in checkout.measured().items())])
+
+
+def learning_curves(cells: list[Results]) -> Curves:
+    """Figures per epoch, metric → cell → [(epoch, value)]; empty without cells that have them."""
+    curves: Curves = {}
+    for cell in cells:
+        for row in cell.rows:
+            epoch = re.fullmatch(r"epoch (\d+)", row.case)
+            if epoch:
+                metric = f"{row.contender} {row.metric}"
+                line = curves.setdefault(metric, {}).setdefault(cell.name.rpartition("/")[2], [])
+                line.append((int(epoch[1]), row.value))
+    return curves
+
+
+def _summary_of(name: str, results: Results) -> str:
+    topic = _topic(name)
+    parts = [f"**{topic.title}.** {topic.note}".rstrip()]
+    if topic.metrics:
+        parts.append(rows_table(results, topic.metrics).rstrip())
+    if any(ratio.target is not None for ratio in results.ratios):
+        parts.append(ratios_table(results, with_target_only=True).rstrip())
+    return "\n\n".join([*parts, _origin(results)]) + "\n"
+
+
+def _section(checkout: Checkout, name: str, results: Results) -> str:
+    topic = _topic(name)
+    parts = [f"## {topic.title}", topic.note, _origin(results)]
+    if results.ratios:
+        parts.append(ratios_table(results).rstrip())
+    parts += [*_row_tables(results), *_plots(checkout, name)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _row_tables(results: Results) -> Iterator[str]:
+    """One table per set of metrics, so that no column is mostly empty."""
+    metrics_of: dict[tuple[str, str], list[str]] = {}
+    for row in results.rows:
+        metrics_of.setdefault(_who(row), []).append(row.metric)
+    for metrics in dict.fromkeys(map(tuple, metrics_of.values())):
+        rows = tuple(row for row in results.rows if tuple(metrics_of[_who(row)]) == metrics)
+        yield rows_table(Results(**{**vars(results), "rows": rows}), metrics).rstrip()
+
+
+def _who(row: Row) -> tuple[str, str]:
+    return row.case, row.contender
+
+
+def _plots(checkout: Checkout, name: str) -> Iterator[str]:
+    for folder in (checkout.results, checkout.page.parent / "figures"):
+        for path in sorted(folder.glob(f"{name}_*.svg")):
+            yield f"![{path.stem.replace('_', ' ')}]({os.path.relpath(path, checkout.page.parent)})"
+
+
+def _topic(name: str) -> Topic:
+    return TOPICS.get(name, Topic(title=name.replace("_", " "), note=""))
+
+
+def _origin(results: Results) -> str:
+    device = f"{results.device}, {results.threads} threads"
+    return f"Measured by `{results.command}` on {device}, {results.date[:10]}, commit {results.commit[:12]}."

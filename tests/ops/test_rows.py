@@ -1,0 +1,184 @@
+"""Row kernels against plain formulas in float64, on every instruction set; dropout and draws against the noise."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hstu_dist.ops import row_kernels
+from hstu_dist.ops.native_abi import Isa, supported
+from hstu_dist.ops.random import Drop, TokenNoise, fold
+from hstu_dist.ops.row_kernels import RowKernels
+from hstu_dist.ops.rows import EPSILON, Projection, drop_of, dropout, gate, project_silu
+
+native = pytest.importorskip("hstu_dist.ops.native", exc_type=ImportError)
+native_rows = pytest.importorskip("hstu_dist.ops.native_rows", exc_type=ImportError)
+
+OPERATIONS = ("normalize", "normalize_backward", "silu", "silu_backward", "gate", "gate_backward", "drop", "integers")
+
+
+def on(isa: Isa) -> RowKernels:
+    """The native kernels on one instruction set."""
+    bound = {name: functools.partial(getattr(native_rows, name), isa=isa) for name in OPERATIONS}
+    return cast(RowKernels, SimpleNamespace(**bound))
+
+
+KERNELS = {"torch": cast(RowKernels, row_kernels), **{isa.name.lower(): on(isa) for isa in supported(native.LIBRARY)}}
+every_kernel = pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS.keys())
+# one vector and a bit of every instruction set, and rows shorter than any vector
+WIDTHS = (1, 2, 7, 16, 17, 50, 64, 200)
+
+
+def noise_of(rows: int) -> TokenNoise:
+    return TokenNoise(fold(3, 7), torch.arange(rows) * 2**33 - 5)
+
+
+def close(got: Tensor, eager: Tensor, truth: Tensor) -> None:
+    """Error against float64 at most twice that of eager in the same dtype."""
+    assert got.dtype == eager.dtype and got.shape == truth.shape
+    if truth.numel() == 0:
+        return
+    slack = (1e-14 if got.dtype == torch.float64 else 2 * torch.finfo(got.dtype).eps) * truth.abs().max()
+    error, allowed = (got.double() - truth).abs().max(), 2 * (eager.double() - truth).abs().max() + slack
+    assert error <= allowed, f"error {error:.2e}, allowed {allowed:.2e}"
+
+
+def keep_of(drop: Drop | None, width: int) -> Tensor:
+    if drop is None:
+        return torch.ones(())
+    return (drop.noise.words(width) >= drop.threshold).double() / (1 - drop.rate)
+
+
+def plain_projection(x: Tensor, p: Projection) -> Tensor:
+    return F.silu(F.linear(F.layer_norm(x, x.shape[1:], eps=EPSILON), p.weight, p.bias))
+
+
+def plain_gate(x: Tensor, u: Tensor, drop: Drop | None) -> Tensor:
+    return u * F.layer_norm(x, x.shape[1:], eps=EPSILON) * keep_of(drop, x.shape[1]).to(x.dtype)
+
+
+def results(function: Callable[..., Tensor], leaves: list[Tensor]) -> list[Tensor]:
+    """Output and the gradient of each leaf for a fixed gradient of the output."""
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    out = function(*leaves)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return [out.detach(), *torch.autograd.grad((out * weight.to(out.dtype)).sum(), leaves)]
+
+
+def check(fast: Callable[..., Tensor], plain: Callable[..., Tensor], leaves: list[Tensor], dtype: torch.dtype) -> None:
+    """Output and all gradients of `fast` in a dtype, against `plain` in float64."""
+    truth = results(plain, [x.double() for x in leaves])
+    eager = results(plain, [x.to(dtype) for x in leaves])
+    for got, want, exact in zip(results(fast, [x.to(dtype) for x in leaves]), eager, truth, strict=True):
+        close(got, want, exact)
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [0, 1, 63])
+@pytest.mark.parametrize("biased", [True, False])
+def test_projection(kernels: RowKernels, dtype: torch.dtype, rows: int, biased: bool) -> None:
+    widths = (50, 3, 16, 17)
+    # offsets make the variance a small difference of large numbers
+    leaves = [torch.randn(rows, 50).double() * 3 + 10, torch.randn(sum(widths), 50).double()]
+    leaves += [torch.randn(sum(widths)).double()] if biased else []
+
+    def fast(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        parts = project_silu(x, Projection(weight, bias, widths), kernels)
+        assert tuple(p.shape[1] for p in parts) == widths
+        return torch.cat(parts, dim=1)
+
+    check(fast, lambda x, weight, bias=None: plain_projection(x, Projection(weight, bias, widths)), leaves, dtype)
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+# the norm of one or two elements is a constant: its gradient is rounding alone
+@pytest.mark.parametrize("width", WIDTHS[2:])
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+def test_gate(kernels: RowKernels, dtype: torch.dtype, width: int, rate: float) -> None:
+    drop = drop_of(noise_of(33), rate)
+    wide = torch.randn(33, width + 9).double()
+    check(
+        # rows of u are strided, as they come from the projection
+        lambda x, wide: gate(x, wide[:, 4 : 4 + width], drop, kernels),
+        lambda x, wide: plain_gate(x, wide[:, 4 : 4 + width], drop),
+        [torch.randn(33, width).double() * 5, wide],
+        dtype,
+    )
+
+
+@every_kernel
+@pytest.mark.parametrize("width", WIDTHS)
+def test_silu_at_its_extremes(kernels: RowKernels, width: int) -> None:
+    x = torch.linspace(-120, 120, 31 * width, dtype=torch.float64).view(31, width)
+    for dtype in (torch.float32, torch.float64):
+        exact = x.to(dtype).double()
+        close(kernels.silu(x.to(dtype)), F.silu(x.to(dtype)), F.silu(exact))
+        grad = torch.ones(31, width, dtype=dtype)
+        eager = torch.ops.aten.silu_backward(grad, x.to(dtype))
+        close(kernels.silu_backward(x.to(dtype), (grad,)), eager, torch.ops.aten.silu_backward(grad.double(), exact))
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_dropout_keeps_the_elements_that_the_noise_says(kernels: RowKernels, dtype: torch.dtype, width: int) -> None:
+    drop = Drop(noise_of(40), 0.3)
+    x = torch.randn(40, width).to(dtype).requires_grad_()
+    y = dropout(x, drop, kernels)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.detach(), (x.detach().double() * keep_of(drop, width)).to(dtype))
+    (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    torch.testing.assert_close(gradient.double(), keep_of(drop, width), rtol=1e-2, atol=0)
+    assert dropout(x, None, kernels) is x
+
+
+def test_nothing_is_dropped_in_evaluation_or_at_rate_zero() -> None:
+    assert drop_of(None, 0.5) is None
+    assert drop_of(noise_of(3), 0.0) is None
+
+
+@every_kernel
+@pytest.mark.parametrize("rate", [0.1, 0.2, 0.5, 0.9])
+def test_the_rate_is_the_rate(kernels: RowKernels, rate: float) -> None:
+    kept = dropout(torch.ones(20_000, 24), Drop(noise_of(20_000), rate), kernels) != 0
+    assert abs(float(kept.double().mean()) - (1 - rate)) < 5 * (rate * (1 - rate) / kept.numel()) ** 0.5
+
+
+@every_kernel
+@pytest.mark.parametrize("high", [1, 2, 3706, 1 << 20, (1 << 20) + 1, 1 << 40])
+@pytest.mark.parametrize("count", [0, 1, 7, 128])
+def test_draws_are_those_of_the_noise(kernels: RowKernels, high: int, count: int) -> None:
+    for rows in (0, 1, 33):
+        drawn = kernels.integers(noise_of(rows), count, high)
+        assert drawn.dtype == torch.int64
+        assert torch.equal(drawn, noise_of(rows).integers(count, high))
+
+
+@every_kernel
+def test_results_do_not_depend_on_threads(kernels: RowKernels) -> None:
+    x, u, grad = torch.randn(3, 4001, 50)
+    drop = Drop(noise_of(4001), 0.2)
+    before = torch.get_num_threads()
+    try:
+        runs = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            runs.append([kernels.gate(x, u, EPSILON, drop), *kernels.gate_backward(x, u, grad, EPSILON, drop)])
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+def test_widths_must_add_up() -> None:
+    with pytest.raises(ValueError, match=r"widths: got \(3, 4\), expected one to four that add up to 8"):
+        project_silu(torch.randn(2, 5), Projection(torch.randn(8, 5), None, (3, 4)), cast(RowKernels, row_kernels))
