@@ -24,7 +24,7 @@ from hstu_dist.report.results import Ratio, Results, Row, write
 log = logging.getLogger(__name__)
 
 _CONTENDER = "hstu_dist"
-_GIB = 2**30
+_GB = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ CASES = (
     Case(name="HSTU", overrides=("experiment=ml1m_hstu",)),
     Case(name="SASRec", overrides=("experiment=ml1m_sasrec",)),
 )
-_MEMORY_GIB = 1.0
+_MEMORY_GB = 1.0
 """What a rank may take at its peak."""
 
 
@@ -104,7 +104,7 @@ def rows_of(label: str, answer: Answer) -> list[Row]:
         Samples(tuple(answer.gemm_flops_per_second))
         .map(lambda x: x / 1e9)
         .row(label, "gemm", "needed FLOPs", "GFLOP/s"),
-        Samples((answer.peak_bytes / _GIB,)).row(label, _CONTENDER, "peak memory of a rank", "GiB"),
+        Samples((answer.peak_bytes / _GB,)).row(label, _CONTENDER, "peak memory of a rank", "GB"),
     ]
     parts = [Samples((answer.parts[p],)).row(label, _CONTENDER, f"profiled: {p}", "s") for p in PARTS]
     return figures + parts
@@ -116,11 +116,11 @@ def ratios_of(label: str, case: Case, answer: Answer) -> list[Ratio]:
     flops = Samples(tuple(f / s for f, s in zip(answer.flops, answer.seconds, strict=True))).median
     ratios = [Ratio(case=label, metric="needed FLOPs", a=_CONTENDER, b="gemm", value=flops / gemm)]
     if case.seconds is not None:
-        peak = answer.peak_bytes / _GIB
+        peak = answer.peak_bytes / _GB
         ratios += [
             Ratio(case=label, metric="step", a=f"{case.seconds} s", b="step", value=case.seconds / seconds, target=1.0),
             Ratio(
-                case=label, metric="peak memory", a=f"{_MEMORY_GIB} GiB", b="rank", value=_MEMORY_GIB / peak, target=1.0
+                case=label, metric="peak memory", a=f"{_MEMORY_GB} GB", b="rank", value=_MEMORY_GB / peak, target=1.0
             ),
         ]
     return ratios
@@ -128,7 +128,7 @@ def ratios_of(label: str, case: Case, answer: Answer) -> list[Ratio]:
 
 def _measure(case: Case, ranks: int, options: argparse.Namespace) -> Answer:
     overrides = [*case.overrides, f"nproc={ranks}", *options.override]
-    request = Request(overrides=overrides, warm_up=2 if options.quick else 5, steps=2 if options.quick else 25)
+    request = Request(overrides=overrides, steps=2 if options.quick else 25)
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder, "request.json"), Path(folder, "answer.json")
         asked.write_text(json.dumps(asdict(request)))

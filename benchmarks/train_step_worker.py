@@ -74,12 +74,10 @@ class Request:
 
     Attributes:
         overrides: of the run, as for `python -m launch`.
-        warm_up: untimed steps.
-        steps: timed steps.
+        steps: timed steps, all run once before.
     """
 
     overrides: list[str]
-    warm_up: int
     steps: int
 
 
@@ -92,7 +90,7 @@ class Answer:
         tokens: positions of each timed step, all ranks.
         flops: needed FLOPs of each timed step, all ranks.
         gemm_flops_per_second: of a 2048 x 2048 float32 product between the steps, all ranks together.
-        peak_bytes: largest resident size of rank 0, before profiling.
+        peak_bytes: largest resident size of rank 0 in the untimed steps.
         parts: seconds per step of each of PARTS, in profiled steps of rank 0.
     """
 
@@ -112,19 +110,19 @@ def measure(request: Request) -> Answer | None:
         session = Session.build(config, world)
         step = TrainStep(session.recommender, config.loss, session.optimizers, world, config.seed)
         runner = _Runner(session, step, world)
-        batches = list(islice(session.loader(Split.TRAIN).epoch(0), request.warm_up + request.steps))
-        for batch in batches[: request.warm_up]:
+        batches = list(islice(session.loader(Split.TRAIN).epoch(0), request.steps))
+        for batch in batches:
             runner.run(batch)
+        # before the matrices of the product, which no training has
+        peak = peak_memory_bytes()
         seconds, gemm, work = [], [], []
-        for batch in batches[request.warm_up :]:
+        for batch in batches:
             gemm.append(_gemm_rate(world))
             # the batches that follow a product find its matrices in the cache: one untimed step of their own first
             runner.run(batch)
             begin = time.perf_counter()
             work.append(runner.run(batch))
             seconds.append(time.perf_counter() - begin)
-        peak = peak_memory_bytes()
-        # the trace of a step takes memory of its own
         parts = _profiled(runner, batches[: min(_PROFILED_STEPS, len(batches))])
         if not world.is_main:
             return None

@@ -17,7 +17,7 @@ ANSWER = Answer(
     tokens=[100, 50, 80],
     flops=[10**9, 10**9, 10**9],
     gemm_flops_per_second=[10e9, 10e9, 20e9],
-    peak_bytes=2**29,
+    peak_bytes=500_000_000,
     parts=dict.fromkeys(PARTS, 0.1),
 )
 
