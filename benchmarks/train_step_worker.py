@@ -57,7 +57,7 @@ _RULES = (
     ("aten::mm", "projections"),
     ("aten::addmm", "projections"),
     ("_ProjectSilu", "norms, SiLU, gate, dropout"),
-    ("_Gate", "norms, SiLU, gate, dropout"),
+    ("_GatedOutput", "norms, SiLU, gate, dropout"),
     ("_Dropout", "norms, SiLU, gate, dropout"),
     ("aten::native_layer_norm", "norms, SiLU, gate, dropout"),
     ("draw", "negative draws"),

@@ -12,9 +12,9 @@ from hstu_dist.models.config import HSTUConfig
 from hstu_dist.models.context import SequenceContext
 from hstu_dist.ops.attention import hstu_attention
 from hstu_dist.ops.bias import NUM_TIME_BUCKETS, RelativeBias
-from hstu_dist.ops.random import TokenNoise
+from hstu_dist.ops.random import Drop
 from hstu_dist.ops.row_kernels import RowKernels
-from hstu_dist.ops.rows import EPSILON, Projection, drop_of, dropout, gate, project_silu
+from hstu_dist.ops.rows import EPSILON, Projection, drop_of, dropout, gated_output, project_silu
 from hstu_dist.ops.spec import Activation, AttentionSpec, Backend
 
 _INIT_STD = 0.02
@@ -39,10 +39,11 @@ class HSTULayer(nn.Module):
         )
         D, HV, HQ = config.width, self.heads * self.value_width, self.heads * self.qk_width
         affine = config.affine_norm
-        # without learned scale and shift a norm has no state: the row kernels contain it
+        # without learned scale and shift a norm is part of the row kernels
         self.input_norm = nn.LayerNorm(D, eps=EPSILON) if affine else None
         self.uvqk = nn.Linear(D, 2 * HV + 2 * HQ, bias=config.uvqk_bias)
-        self.output_norm = nn.LayerNorm(HV, eps=EPSILON) if affine else None
+        self.output_norm = nn.LayerNorm(HV, eps=EPSILON, elementwise_affine=affine)
+        self.fused_output = not affine and not config.concat_ux
         self.output = nn.Linear(2 * HV + D if config.concat_ux else HV, D)
         positioned = config.relative_bias != "none"
         timed = config.relative_bias == "position_time"
@@ -64,7 +65,8 @@ class HSTULayer(nn.Module):
     def forward(self, x_TD: Tensor, context: SequenceContext, layer: int) -> Tensor:
         """[T, D] → [T, D]; `layer` tells the random streams of the layers apart."""
         T, H = x_TD.shape[0], self.heads
-        u, v, q, k = project_silu(x_TD, self._projection(), self.rows)
+        HV, HQ = H * self.value_width, H * self.qk_width
+        u, v, q, k = project_silu(x_TD, self._projection(), (HV, HV, HQ, HQ), self.rows)
         attended_THV = hstu_attention(
             q.view(T, H, self.qk_width),
             k.view(T, H, self.qk_width),
@@ -74,28 +76,25 @@ class HSTULayer(nn.Module):
             self._bias(context),
         )
         noise = None if context.noise is None else context.noise.stream(layer)
-        gated = self._gated(attended_THV.flatten(1), u, x_TD, noise)
-        projected: Tensor = self.output(gated)
-        return x_TD + projected
+        return self._output(x_TD, attended_THV.flatten(1), u, drop_of(noise, self.dropout))
 
     def _projection(self) -> Projection:
         """Of the normalised input; a learned scale and shift of the norm is part of the linear map."""
-        HV, HQ = self.heads * self.value_width, self.heads * self.qk_width
         weight, bias, norm = self.uvqk.weight, self.uvqk.bias, self.input_norm
-        widths = (HV, HV, HQ, HQ)
         if norm is None:
-            return Projection(weight, bias, widths)
+            return Projection(weight, bias)
         shift = weight @ norm.bias
-        return Projection(weight * norm.weight, shift if bias is None else bias + shift, widths)
+        return Projection(weight * norm.weight, shift if bias is None else bias + shift)
 
-    def _gated(self, attended: Tensor, u: Tensor, x_TD: Tensor, noise: TokenNoise | None) -> Tensor:
-        drop = drop_of(noise, self.dropout)
-        if self.output_norm is None and not self.concat_ux:
-            return gate(attended, u, drop, self.rows)
-        gated = gate(attended, u, None, self.rows) if self.output_norm is None else u * self.output_norm(attended)
+    def _output(self, x_TD: Tensor, attended: Tensor, u: Tensor, drop: Drop | None) -> Tensor:
+        if self.fused_output:
+            output = Projection(self.output.weight, self.output.bias)
+            return gated_output(x_TD, attended, u, output, drop, self.rows)
+        gated = u * self.output_norm(attended)
         if self.concat_ux:
             gated = torch.cat([u, x_TD, gated], dim=1)
-        return dropout(gated, drop, self.rows)
+        projected: Tensor = self.output(dropout(gated, drop, self.rows))
+        return x_TD + projected
 
     def _bias(self, context: SequenceContext) -> RelativeBias | None:
         if self.position_weight is None:

@@ -1,7 +1,7 @@
 """The row-wise parts of an HSTU layer, each with a backward that recomputes what is cheap.
 
 Shapes: T tokens, D model width, W columns. Saved for the backward per token: D + 4D elements by `project_silu` (x and
-the pre-activations), nothing by `gate` and `dropout` beside their inputs, which the attention keeps anyway.
+the pre-activations), nothing by `gated_output` and `dropout` beside what the attention keeps anyway.
 """
 
 from __future__ import annotations
@@ -24,25 +24,26 @@ EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear map whose output is split.
+    """A linear map.
 
     Attributes:
-        weight: [sum(widths), D].
-        bias: [sum(widths)] or None.
-        widths: columns of each output; at most four.
+        weight: [outputs, inputs].
+        bias: [outputs] or None.
     """
 
     weight: Tensor
     bias: Tensor | None
-    widths: tuple[int, ...]
 
 
-def project_silu(x_TD: Tensor, projection: Projection, kernels: RowKernels) -> tuple[Tensor, ...]:
+def project_silu(
+    x_TD: Tensor, projection: Projection, widths: tuple[int, ...], kernels: RowKernels
+) -> tuple[Tensor, ...]:
     """split(SiLU(norm(x) @ weightᵀ + bias)) (eq. 1).
 
     Args:
         x_TD: [T, D] floating.
-        projection: the map.
+        projection: the map, to sum(widths) outputs.
+        widths: columns of each result; at most four.
         kernels: chosen by `backends.row_kernels`.
 
     Returns:
@@ -51,27 +52,30 @@ def project_silu(x_TD: Tensor, projection: Projection, kernels: RowKernels) -> t
     Raises:
         ValueError: the widths do not add up to the rows of the weight.
     """
-    if sum(projection.widths) != projection.weight.shape[0] or not 1 <= len(projection.widths) <= 4:
-        raise ValueError(
-            f"widths: got {projection.widths}, expected one to four that add up to {projection.weight.shape[0]}"
-        )
+    if sum(widths) != projection.weight.shape[0] or not 1 <= len(widths) <= 4:
+        raise ValueError(f"widths: got {widths}, expected one to four that add up to {projection.weight.shape[0]}")
     parts: tuple[Tensor, ...] = _ProjectSilu.apply(  # type: ignore[no-untyped-call]
-        x_TD, projection.weight, projection.bias, projection.widths, kernels
+        x_TD, projection.weight, projection.bias, widths, kernels
     )
     return parts
 
 
-def gate(x_TW: Tensor, u_TW: Tensor, drop: Drop | None, kernels: RowKernels) -> Tensor:
-    """dropout(u ⊙ norm(x)) (eq. 3, before the output projection).
+def gated_output(
+    x_TD: Tensor, attended_TW: Tensor, u_TW: Tensor, output: Projection, drop: Drop | None, kernels: RowKernels
+) -> Tensor:
+    """X + dropout(u ⊙ norm(attended)) @ weightᵀ + bias (eq. 3).
 
     Args:
-        x_TW: [T, W], what the attention gave.
+        x_TD: [T, D], the layer's input.
+        attended_TW: [T, W], what the attention gave.
         u_TW: [T, W], rows may be strided.
+        output: weight [D, W] and bias [D].
         drop: dropout of this step, or None.
         kernels: chosen by `backends.row_kernels`.
     """
-    gated: Tensor = _Gate.apply(x_TW, u_TW, drop, kernels)  # type: ignore[no-untyped-call]
-    return gated
+    operands = (x_TD, attended_TW, u_TW, output.weight, output.bias)
+    out: Tensor = _GatedOutput.apply(drop, kernels, *operands)  # type: ignore[no-untyped-call]
+    return out
 
 
 def dropout(x_TW: Tensor, drop: Drop | None, kernels: RowKernels) -> Tensor:
@@ -108,18 +112,24 @@ class _ProjectSilu(Function):
         return grad_x, grad_weight, grad_before.sum(0) if ctx.biased else None, None, None
 
 
-class _Gate(Function):
+class _GatedOutput(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, u: Tensor, drop: Drop | None, kernels: RowKernels) -> Tensor:
-        ctx.save_for_backward(x, u)
-        ctx.drop, ctx.kernels = drop, kernels
-        return kernels.gate(x, u, EPSILON, drop)
+    def forward(ctx: Any, drop: Drop | None, kernels: RowKernels, *operands: Tensor) -> Tensor:
+        x, attended, u, weight, bias = operands
+        ctx.save_for_backward(attended, u, weight)
+        ctx.biased, ctx.drop, ctx.kernels = bias is not None, drop, kernels
+        return F.linear(kernels.gate(attended, u, EPSILON, drop), weight, bias).add_(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, u = ctx.saved_tensors
-        return (*ctx.kernels.gate_backward(x, u, grad, EPSILON, ctx.drop), None, None)
+        attended, u, weight = ctx.saved_tensors
+        kernels: RowKernels = ctx.kernels
+        # the gate is recomputed: cheap, and one matrix per layer less to keep
+        grad_weight = grad.T @ kernels.gate(attended, u, EPSILON, ctx.drop)
+        grad_attended, grad_u = kernels.gate_backward(attended, u, grad @ weight, EPSILON, ctx.drop)
+        grad_bias = grad.sum(0) if ctx.biased else None
+        return None, None, grad, grad_attended, grad_u, grad_weight, grad_bias
 
 
 class _Dropout(Function):

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import wandb
 from torch.utils.tensorboard import SummaryWriter
 
 from hstu_dist.errors import UserError
@@ -77,6 +76,9 @@ def _drop_after(path: Path, step: int) -> None:
 
 
 def _start_wandb(run_dir: Path, config: LoggingConfig, run_config: dict[str, Any]) -> Any:
+    # here, because it takes 20 MB of every rank
+    import wandb
+
     try:
         return wandb.init(
             project=config.wandb_project,

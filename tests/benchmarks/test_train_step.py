@@ -28,7 +28,7 @@ ANSWER = Answer(
         (["aten::mm", "_ProjectSilu", "encode"], "projections"),
         (["aten::mm", "_SoftmaxLoss", "loss"], "loss"),
         (["aten::mul", "_SoftmaxLossBackward"], "loss"),
-        (["_GateBackward"], "norms, SiLU, gate, dropout"),
+        (["_GatedOutputBackward"], "norms, SiLU, gate, dropout"),
         (["hstu_dist::attention_backward", "GeneratedBackwardFor_hstu_dist_attention_defaultBackward"],
          "attention backward"),
         (["aten::empty", "GeneratedBackwardFor_hstu_dist_attention_default", "encode"], "attention forward"),

@@ -43,7 +43,7 @@ def saved_elements(config: HSTUConfig) -> float:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_a_layer_saves_at_most_fourteen_widths_per_token(dropout: float) -> None:
-    # x, pre-activations (4), u v q k (4), attended, gated: 11; the paper counts 14 (section 3.3.2)
+    # x, pre-activations (4), u v q k (4), attended: 10; the paper counts 14 (section 3.3.2)
     assert saved_elements(replace(CONFIG, dropout=dropout)) <= 14 * CONFIG.width
 
 

@@ -16,7 +16,7 @@ from hstu_dist.ops import row_kernels
 from hstu_dist.ops.native_abi import Isa, supported
 from hstu_dist.ops.random import Drop, TokenNoise, fold
 from hstu_dist.ops.row_kernels import RowKernels
-from hstu_dist.ops.rows import EPSILON, Projection, drop_of, dropout, gate, project_silu
+from hstu_dist.ops.rows import EPSILON, Projection, drop_of, dropout, gated_output, project_silu
 
 native = pytest.importorskip("hstu_dist.ops.native", exc_type=ImportError)
 native_rows = pytest.importorskip("hstu_dist.ops.native_rows", exc_type=ImportError)
@@ -60,8 +60,10 @@ def plain_projection(x: Tensor, p: Projection) -> Tensor:
     return F.silu(F.linear(F.layer_norm(x, x.shape[1:], eps=EPSILON), p.weight, p.bias))
 
 
-def plain_gate(x: Tensor, u: Tensor, drop: Drop | None) -> Tensor:
-    return u * F.layer_norm(x, x.shape[1:], eps=EPSILON) * keep_of(drop, x.shape[1]).to(x.dtype)
+def plain_output(x: Tensor, attended: Tensor, u: Tensor, output: Projection, drop: Drop | None) -> Tensor:
+    normal = F.layer_norm(attended, attended.shape[1:], eps=EPSILON)
+    gated = u * normal * keep_of(drop, attended.shape[1]).to(x.dtype)
+    return x + F.linear(gated, output.weight, output.bias)
 
 
 def results(function: Callable[..., Tensor], leaves: list[Tensor]) -> list[Tensor]:
@@ -91,11 +93,11 @@ def test_projection(kernels: RowKernels, dtype: torch.dtype, rows: int, biased: 
     leaves += [torch.randn(sum(widths)).double()] if biased else []
 
     def fast(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        parts = project_silu(x, Projection(weight, bias, widths), kernels)
+        parts = project_silu(x, Projection(weight, bias), widths, kernels)
         assert tuple(p.shape[1] for p in parts) == widths
         return torch.cat(parts, dim=1)
 
-    check(fast, lambda x, weight, bias=None: plain_projection(x, Projection(weight, bias, widths)), leaves, dtype)
+    check(fast, lambda x, weight, bias=None: plain_projection(x, Projection(weight, bias)), leaves, dtype)
 
 
 @every_kernel
@@ -103,16 +105,20 @@ def test_projection(kernels: RowKernels, dtype: torch.dtype, rows: int, biased: 
 # the norm of one or two elements is a constant: its gradient is rounding alone
 @pytest.mark.parametrize("width", WIDTHS[2:])
 @pytest.mark.parametrize("rate", [0.0, 0.2])
-def test_gate(kernels: RowKernels, dtype: torch.dtype, width: int, rate: float) -> None:
+def test_gated_output(kernels: RowKernels, dtype: torch.dtype, width: int, rate: float) -> None:
     drop = drop_of(noise_of(33), rate)
-    wide = torch.randn(33, width + 9).double()
-    check(
-        # rows of u are strided, as they come from the projection
-        lambda x, wide: gate(x, wide[:, 4 : 4 + width], drop, kernels),
-        lambda x, wide: plain_gate(x, wide[:, 4 : 4 + width], drop),
-        [torch.randn(33, width).double() * 5, wide],
-        dtype,
-    )
+
+    # rows of u are strided, as they come from the projection
+    def fast(x: Tensor, attended: Tensor, wide: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return gated_output(x, attended, wide[:, 4 : 4 + width], Projection(weight, bias), drop, kernels)
+
+    def plain(x: Tensor, attended: Tensor, wide: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return plain_output(x, attended, wide[:, 4 : 4 + width], Projection(weight, bias), drop)
+
+    leaves = [torch.randn(33, n).double() for n in (11, width, width + 9)]
+    leaves += [torch.randn(11, width).double(), torch.randn(11).double()]
+    check(fast, plain, leaves, dtype)
+    check(fast, plain, leaves[:-1], dtype)
 
 
 @every_kernel
@@ -181,4 +187,4 @@ def test_results_do_not_depend_on_threads(kernels: RowKernels) -> None:
 
 def test_widths_must_add_up() -> None:
     with pytest.raises(ValueError, match=r"widths: got \(3, 4\), expected one to four that add up to 8"):
-        project_silu(torch.randn(2, 5), Projection(torch.randn(8, 5), None, (3, 4)), cast(RowKernels, row_kernels))
+        project_silu(torch.randn(2, 5), Projection(torch.randn(8, 5), None), (3, 4), cast(RowKernels, row_kernels))

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hstu_dist.errors import UserError
-from hstu_dist.train import metrics_log
 from hstu_dist.train.config import LoggingConfig
 from hstu_dist.train.metrics_log import METRICS_FILE, MetricsLog, read_metrics
 
@@ -88,7 +88,7 @@ def test_wandb_offline_writes_a_run_folder(tmp_path: Path, monkeypatch: pytest.M
     config = LoggingConfig(progress=False, tensorboard=False, wandb="offline", wandb_project="test")
     write(run_dir, config, range(1, 4))
     # its service writes the last records when it ends, at the latest with the process
-    metrics_log.wandb.teardown()
+    wandb.teardown()
     (run,) = (run_dir / "wandb").glob("offline-run-*")
     (file,) = run.glob("run-*.wandb")
     content = file.read_bytes()
@@ -98,9 +98,9 @@ def test_wandb_offline_writes_a_run_folder(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_failing_wandb_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(**settings: Any) -> None:
-        raise metrics_log.wandb.errors.UsageError("no API key configured\nlong explanation")
+        raise wandb.errors.UsageError("no API key configured\nlong explanation")
 
-    monkeypatch.setattr(metrics_log.wandb, "init", refuse)
+    monkeypatch.setattr(wandb, "init", refuse)
     config = LoggingConfig(progress=False, tensorboard=False, wandb="online")
     with pytest.raises(UserError, match="Weights & Biases: no API key configured -> run `wandb login`"):
         MetricsLog(tmp_path, config, {}, 0)
