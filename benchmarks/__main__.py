@@ -21,7 +21,10 @@ from hstu_dist.machine import keep_freed_memory
 BENCHMARKS: Mapping[str, str] = {
     "attention": "HSTU attention against torch's flash attention and the padded research code",
     "train_step": "a whole training step on MovieLens-1M, and where its time goes",
+    "data": "events/s of reading and batching, Stochastic Length, balance of 64 simulated ranks",
+    "checkpoint": "saving and loading 1 GB on two ranks against the disk, and how long training stands still",
     "kernels": "the Triton kernels compiled ahead of time: registers, spills, shared memory, roofline; needs no GPU",
+    "plan": "the capacity planner: its time and memory, and its predictions against real ranks and towers",
     "ml1m": "SASRec and HSTU on MovieLens-1M at several seeds: epoch chosen on validation, then a refit; hours",
 }
 """Name of each benchmark, which is the name of its module, and what it measures."""

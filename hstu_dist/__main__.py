@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hstu_dist import __version__
-from hstu_dist.config import RunConfig, compose, compose_dict, groups_help, load
+from hstu_dist.config import RunConfig, compose, compose_dict, groups_help, hardware_names, load
 from hstu_dist.console import report, say
 from hstu_dist.errors import ExitCode, PeerLostError, UserError
 
@@ -55,18 +55,21 @@ def _parser() -> argparse.ArgumentParser:
         ("prepare", "fetch or read events and write them as sequences", _prepare),
         ("train", "train a run, or continue it", _train),
         ("evaluate", "rank the whole corpus with a run's best checkpoint", _evaluate),
+        ("plan", "memory and least time of a run on a cluster that need not exist (cluster=NAME)", _plan),
     ):
         command = commands.add_parser(
             name,
             help=summary,
             description=summary,
-            epilog=groups_help(["data"] if name == "prepare" else None),
+            epilog=_epilog(name),
             formatter_class=argparse.RawTextHelpFormatter,
         )
         command.set_defaults(run=function)
         command.add_argument("overrides", nargs="*", metavar="key=value", help="settings, in Hydra's override syntax")
         command.add_argument("--debug", action="store_true", help="show the stack trace of an error")
-        if name != "prepare":
+        if name == "plan":
+            command.add_argument("--folder", type=Path, help="of the JSON file and plots (default: OUTPUT/plans)")
+        if name in ("train", "evaluate"):
             command.add_argument("--config", type=Path, help="a resolved config.yaml instead of overrides")
         if name == "evaluate":
             command.add_argument("--split", choices=("validation", "test"), default="test", help="default: test")
@@ -76,7 +79,35 @@ def _parser() -> argparse.ArgumentParser:
     report_command.add_argument("what", choices=("results",), help="what to render")
     report_command.add_argument("--root", type=Path, default=Path(), help="a checkout (default: the current folder)")
     report_command.add_argument("--debug", action="store_true", help="show the stack trace of an error")
+    _add_checkpoint(commands)
     return parser
+
+
+def _epilog(command: str) -> str:
+    """What the overrides of a command choose from."""
+    if command == "plan":
+        of_the_run = groups_help(["data", "embedding", "experiment", "loss", "model", "trainer"])
+        return f"clusters (cluster=NAME): {' | '.join(hardware_names())}\nof the run, {of_the_run}"
+    return groups_help(["data"] if command == "prepare" else None)
+
+
+def _add_checkpoint(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    summary = "look at checkpoints without starting ranks"
+    command = commands.add_parser(
+        "checkpoint",
+        help=summary,
+        description=f"{summary}. There is nothing to reshard: any number of ranks, under either sharding of the table, "
+        "continues from a checkpoint as it is.",
+    )
+    command.set_defaults(run=_checkpoint)
+    command.add_argument(
+        "what",
+        choices=("inspect", "verify", "export"),
+        help="inspect: step and tensors; verify: all checksums; export: weights as one safetensors file",
+    )
+    command.add_argument("path", type=Path, help="a run's folder or one of its checkpoints/step-NNNNNNNN")
+    command.add_argument("output", type=Path, nargs="?", help="of export: the new file")
+    command.add_argument("--debug", action="store_true", help="show the stack trace of an error")
 
 
 def _run_config(options: argparse.Namespace) -> RunConfig:
@@ -113,10 +144,31 @@ def _evaluate(options: argparse.Namespace) -> None:
     evaluate_run(config, Split(options.split), say)
 
 
+def _plan(options: argparse.Namespace) -> None:
+    from hstu_dist.commands.plan import plan_run
+
+    plan_run(options.overrides, options.folder, say)
+
+
 def _report(options: argparse.Namespace) -> None:
     from hstu_dist.commands.report import report_results
 
     report_results(options.root, say)
+
+
+def _checkpoint(options: argparse.Namespace) -> None:
+    from hstu_dist.commands.checkpoint import export, inspect, verify
+
+    if (options.what == "export") != (options.output is not None):
+        raise UserError(
+            f"checkpoint {options.what}: got output {options.output}", "export needs an output file, the others none"
+        )
+    if options.what == "export":
+        export(options.path, options.output, say)
+    elif options.what == "verify":
+        verify(options.path, say)
+    else:
+        inspect(options.path, say)
 
 
 if __name__ == "__main__":

@@ -8,40 +8,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from hstu_dist.cluster import ClusterConfig
 from hstu_dist.data.config import DataConfig
 from hstu_dist.distributed.config import EmbeddingConfig
 from hstu_dist.errors import UserError
 from hstu_dist.files import write_atomically
 from hstu_dist.losses.config import LossConfig
 from hstu_dist.models.config import ModelConfig
+from hstu_dist.plan.config import PlanConfig
 from hstu_dist.train.config import OptimizerConfig, TrainerConfig
 from hstu_dist.validation import STRICT, as_user_error
 
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ClusterConfig:
-    """Where the ranks run.
-
-    Attributes:
-        kind: local starts all ranks on this machine.
-        memory_per_rank_gib: host memory that a rank may use; null: this machine's memory divided by nproc.
-        max_restarts: how often torchrun starts all ranks again after a failure.
-    """
-
-    kind: str = Field(default="local", pattern="^local$")
-    memory_per_rank_gib: float | None = Field(default=None, gt=0)
-    max_restarts: int = Field(default=0, ge=0)
+HARDWARE = "hardware"
+"""Folder of conf/ with the clusters that `plan` knows; no part of a run."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -52,8 +44,9 @@ class RunConfig:
         name: names the run folder `output`/`name`.
         output: folder of all runs.
         seed: of initialisation, shuffling, dropout and negatives.
-        nproc: ranks.
+        nproc: ranks of each machine.
         data, model, loss, embedding, optimizer, trainer, cluster: the parts, each described in its own class.
+        plan: what `plan` assumes; training ignores it.
         published: figures of a paper to print beside the result, metric → value.
     """
 
@@ -68,6 +61,7 @@ class RunConfig:
     optimizer: OptimizerConfig
     trainer: TrainerConfig
     cluster: ClusterConfig
+    plan: PlanConfig = Field(default_factory=PlanConfig)
     published: dict[str, float] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -76,6 +70,11 @@ class RunConfig:
                 f"model.max_length: got {self.model.max_length}, "
                 f"expected at least data.max_length ({self.data.max_length})"
             )
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of all machines."""
+        return self.nproc * self.cluster.nodes
 
     @property
     def run_dir(self) -> Path:
@@ -97,11 +96,16 @@ def groups_help(wanted: Collection[str] | None = None) -> str:
         wanted: names of groups; None: all.
     """
     lines = ["groups (GROUP=OPTION), whose keys are set as GROUP.KEY=VALUE:"]
-    for group in sorted(p for p in conf_dir().iterdir() if p.is_dir()):
+    for group in sorted(p for p in conf_dir().iterdir() if p.is_dir() and p.name != HARDWARE):
         if wanted is None or group.name in wanted:
             options = " | ".join(sorted(file.stem for file in group.glob("*.yaml")))
             lines.append(f"  {group.name:<11} {options}")
     return "\n".join([*lines, f"keys and their meaning: {conf_dir()}"])
+
+
+def hardware_names() -> list[str]:
+    """Clusters that `plan` knows."""
+    return sorted(file.stem for file in (conf_dir() / HARDWARE).glob("*.yaml"))
 
 
 def compose(overrides: Sequence[str]) -> RunConfig:
@@ -113,22 +117,51 @@ def compose(overrides: Sequence[str]) -> RunConfig:
     return from_dict(compose_dict("train", overrides))
 
 
-def compose_dict(primary: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """Plain dictionary of conf/`primary`.yaml with overrides applied and interpolations resolved.
+def compose_dict(primary: str, overrides: Sequence[str], folder: str = "") -> dict[str, Any]:
+    """Plain dictionary of a YAML file with overrides applied and interpolations resolved.
+
+    Args:
+        primary: the file, without suffix.
+        overrides: in Hydra's syntax.
+        folder: of conf/ that has the file and its groups; empty: conf/ itself.
 
     Raises:
         UserError: Hydra cannot compose it.
     """
+    root = conf_dir() / folder
     try:
-        with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
+        with initialize_config_dir(config_dir=str(root), version_base="1.3"):
             composed = hydra_compose(primary, overrides=list(overrides))
         resolved = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         unknown = re.match(r"Could not override '(.+)'", str(error))
         problem = f"{unknown[1]}: no such key" if unknown else _first_line(error)
-        raise UserError(f"configuration: {problem}", f"the groups and their keys are in {conf_dir()}") from error
+        raise UserError(f"configuration: {problem}", f"the groups and their keys are in {root}") from error
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
+
+
+def sweep(overrides: Sequence[str]) -> list[dict[str, str]]:
+    """Cells of a sweep in Hydra's syntax (`a=1,2`, `a=choice(x,y)`, `a=range(1,4)`): all combinations.
+
+    Returns:
+        For each cell, key → value of every override, single ones too; the first key changes slowest. Of a key that is
+        given twice the last counts, as without a sweep.
+
+    Raises:
+        UserError: not Hydra's syntax, or a value without a finite number of choices.
+    """
+    choices: dict[str, list[str]] = {}
+    try:
+        for override in OverridesParser.create().parse_overrides(overrides=list(overrides)):
+            key = override.get_key_element()
+            if override.is_sweep_override() and not override.is_discrete_sweep():
+                raise UserError(f"{override.input_line}: not a finite number of values", "use range(START,STOP,STEP)")
+            swept = override.is_sweep_override()
+            choices[key] = list(override.sweep_string_iterator()) if swept else [override.get_value_element_as_str()]
+    except HydraException as error:
+        raise UserError(f"configuration: {_first_line(error)}", "give KEY=VALUE or KEY=VALUE,VALUE") from error
+    return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
 
 
 def _first_line(error: BaseException) -> str:
@@ -170,14 +203,20 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     return values
 
 
+def as_yaml(config: RunConfig) -> str:
+    """The resolved YAML that `load` reads."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
 def save(config: RunConfig, path: Path) -> None:
     """Writes the resolved YAML, atomically."""
-    write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(to_dict(config))).encode())
+    write_atomically(path, as_yaml(config).encode())
 
 
 _MAY_CHANGE = (
     "nproc",
     "cluster",
+    "plan",
     "published",
     "output",
     "trainer.epochs",
@@ -185,6 +224,7 @@ _MAY_CHANGE = (
     "trainer.threads",
     "trainer.peak_flops",
     "trainer.device",
+    "trainer.batching.balance",
 )
 _MAY_CHANGE_GROUPS = ("trainer.logging", "trainer.checkpoint", "trainer.profile", "trainer.timeout_seconds")
 

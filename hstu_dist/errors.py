@@ -10,6 +10,8 @@ class ExitCode(IntEnum):
     FAILED = 1
     BAD_INPUT = 2
     PEER_LOST = 3
+    STOPPED = 75
+    """Asked by a file to save and stop; sysexits.h calls it a temporary failure, and schedulers may start it again."""
 
 
 class UserError(Exception):

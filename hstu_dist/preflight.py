@@ -61,7 +61,7 @@ def check_plan(config: RunConfig, num_items: int, world_size: int) -> None:
         )
     needed = embedding.bytes_per_rank(num_items, config.model.width, world_size)
     limit = _memory_per_rank(config)
-    if needed > limit:
+    if limit is not None and needed > limit:
         enough = -(-embedding.bytes_per_rank(num_items, config.model.width, 1) // limit)
         remedy = f"use at least {enough} ranks with embedding=row_wise, a smaller model.width, or a larger limit"
         raise UserError(
@@ -71,7 +71,14 @@ def check_plan(config: RunConfig, num_items: int, world_size: int) -> None:
         )
 
 
-def _memory_per_rank(config: RunConfig) -> int:
-    if config.cluster.memory_per_rank_gib is not None:
-        return max(1, int(config.cluster.memory_per_rank_gib * 2**30))
-    return memory_per_rank(int(os.environ.get("LOCAL_WORLD_SIZE", config.nproc)))
+def _memory_per_rank(config: RunConfig) -> int | None:
+    """Bytes; None on a machine that only launches the run elsewhere, where it is not known."""
+    cluster = config.cluster
+    if cluster.memory_per_rank_gib is not None:
+        return max(1, int(cluster.memory_per_rank_gib * 2**30))
+    ranks_here = os.environ.get("LOCAL_WORLD_SIZE")
+    if ranks_here is not None or cluster.kind == "local":
+        return memory_per_rank(int(ranks_here or config.nproc))
+    if cluster.kind != "hosts" and cluster.memory_gib is not None:
+        return int(cluster.memory_gib * 2**30) // config.nproc
+    return None

@@ -64,6 +64,16 @@ class RunFolder:
         """Metrics of a finished run."""
         return self.path / "result.json"
 
+    @property
+    def stop_file(self) -> Path:
+        """Asks the ranks to save a checkpoint and stop, once it exists; launchers remove it."""
+        return self.path / "stop"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the ranks' output, where a launcher writes it to files."""
+        return self.path / "logs"
+
     def check(self, config: RunConfig, needed_bytes: int) -> None:
         """Whether this folder can take the run or continue it; changes nothing but creating the folder.
 
@@ -113,6 +123,16 @@ class RunFolder:
                     "wait for it or stop it, or set name=NAME for a new run",
                 ) from error
             yield
+
+    def is_locked(self) -> bool:
+        """Whether a process is training in the folder."""
+        if not self.path.is_dir():
+            return False
+        try:
+            with self.lock():
+                return False
+        except UserError:
+            return True
 
     def describe(self, config: RunConfig) -> None:
         """Writes the resolved settings and the environment (git commit, versions, machine)."""

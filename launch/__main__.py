@@ -4,48 +4,105 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from hstu_dist.commands.result_table import finished_report
-from hstu_dist.config import compose, groups_help, save
+from hstu_dist.config import RunConfig, compose, groups_help
 from hstu_dist.console import report, say
 from hstu_dist.errors import ExitCode, UserError
-from hstu_dist.preflight import preflight
-from hstu_dist.run_folder import RunFolder
-from launch import local
-from launch.spec import LaunchSpec
-from launch.torchrun import agent_command, agent_environment, as_shell
+from launch import hosts, kubernetes, local, multirun, slurm
+from launch.run_files import finished_text, launched
+
+_SHORT = {"nodes": ("cluster.nodes={}",), "gpus": ("nproc={}", "trainer.device=cuda")}
+"""Words for what a launch is asked for most; nodes are machines, gpus those of each machine, one a rank."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of cluster.
+
+    Attributes:
+        preview: what `start` would run.
+        start: starts the run or hands it to a scheduler; returns the exit code.
+        status, logs, cancel: text for the user about a run that was launched.
+    """
+
+    preview: Callable[[RunConfig], str]
+    start: Callable[[RunConfig], int]
+    status: Callable[[RunConfig], str]
+    logs: Callable[[RunConfig], str]
+    cancel: Callable[[RunConfig], str]
+
+
+KINDS: Mapping[str, Kind] = {
+    # ranks of one machine leave the same traces as those of several without a scheduler
+    "local": Kind(local.preview, local.start, hosts.status, hosts.logs, hosts.cancel),
+    "hosts": Kind(hosts.preview, hosts.start, hosts.status, hosts.logs, hosts.cancel),
+    "slurm": Kind(slurm.preview, slurm.start, slurm.status, slurm.logs, slurm.cancel),
+    "kubernetes": Kind(kubernetes.preview, kubernetes.start, kubernetes.status, kubernetes.logs, kubernetes.cancel),
+}
+_QUESTIONS: Mapping[str, Callable[[Kind], Callable[[RunConfig], str]]] = {
+    "status": lambda kind: kind.status,
+    "logs": lambda kind: kind.logs,
+    "cancel": lambda kind: kind.cancel,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Checks a run, then starts it; returns the exit code.
 
-    0: finished, now or before; 1: a rank failed; 2: bad input; 128 + signal: stopped by it, after saving a checkpoint.
+    0: finished, now or before, or handed to a scheduler; 1: a rank failed; 2: bad input; 75: stopped by `cancel`;
+    128 + signal: stopped by it. A run that was stopped has saved a checkpoint.
     """
     options = _parser().parse_args(arguments)
     try:
-        return _launch(options.overrides, options.dry_run)
+        if options.words and options.words[0] in _QUESTIONS:
+            return _ask(options.words)
+        overrides, dry_run_key = _split_dry_run(options.words)
+        dry_run = dry_run_key or options.dry_run
+        if options.multirun:
+            return multirun.run(_in_full(overrides), options.jobs, _preview if dry_run else None)
+        return _launch(_in_full(overrides), dry_run)
     except UserError as error:
         report(error)
         return ExitCode.BAD_INPUT
 
 
-def _launch(arguments: Sequence[str], dry_run: bool) -> int:
-    overrides, dry_run_key = _split_dry_run(arguments)
+def _launch(overrides: Sequence[str], dry_run: bool) -> int:
     config = compose(overrides)
-    spec = LaunchSpec.of(config)
-    command, environment = agent_command(spec), agent_environment(spec)
-    if dry_run or dry_run_key:
-        say(as_shell(command, environment))
+    if dry_run:
+        say(_preview(config))
         return ExitCode.FINISHED
-    preflight(config, config.nproc)
-    folder = RunFolder(config.run_dir)
-    result = folder.finished(config.trainer.last_epoch)
-    if result is not None:
-        say(finished_report(config, result))
+    finished = finished_text(config)
+    if finished is not None:
+        # also says so if the data has gone since
+        say(finished)
         return ExitCode.FINISHED
-    save(config, folder.launch_file)
-    return local.run(command, environment)
+    return KINDS[config.cluster.kind].start(config)
+
+
+def _preview(config: RunConfig) -> str:
+    return KINDS[config.cluster.kind].preview(config)
+
+
+def _ask(words: Sequence[str]) -> int:
+    if len(words) != 2:
+        raise UserError(f"{words[0]}: got {len(words) - 1} arguments", f"give `{words[0]} FOLDER` with a run's folder")
+    path = Path(words[1])
+    config = launched(path)
+    say(_QUESTIONS[words[0]](KINDS[config.cluster.kind])(config))
+    return ExitCode.FINISHED
+
+
+def _in_full(overrides: Sequence[str]) -> list[str]:
+    full: list[str] = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        full.extend(template.format(value) for template in _SHORT.get(key, ()))
+        if key not in _SHORT:
+            full.append(override)
+    return full
 
 
 def _split_dry_run(arguments: Sequence[str]) -> tuple[list[str], bool]:
@@ -65,22 +122,27 @@ def _split_dry_run(arguments: Sequence[str]) -> tuple[list[str], bool]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m launch",
-        description="Starts the ranks of a run. A run that was stopped continues; a finished one shows its result.",
+        description="Starts the ranks of a run. A run that was stopped continues; a finished one shows its result.\n"
+        "`status FOLDER`, `logs FOLDER` and `cancel FOLDER` ask about a run that was launched.",
         epilog=groups_help(),
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument(
-        "overrides",
+        "words",
         nargs="*",
         metavar="key=value",
         help="settings, in Hydra's override syntax:\n"
         "experiment=NAME  a whole recipe\n"
         "cluster=NAME     where the ranks run\n"
-        "nproc=N          ranks\n"
+        "nproc=N          ranks of each machine\n"
+        "gpus=N           the same, each rank on a GPU\n"
+        "nodes=N          machines, where cluster=NAME has several\n"
         "output=FOLDER    folder of all runs\n"
-        "dry_run=true     print the command that would start the ranks; do nothing",
+        "dry_run=true     print what would start the ranks; do nothing",
     )
     parser.add_argument("--dry-run", action="store_true", help="the same as dry_run=true")
+    parser.add_argument("-m", "--multirun", action="store_true", help="a run for each combination: KEY=A,B,C")
+    parser.add_argument("--jobs", type=int, default=1, help="runs of a multirun at the same time (default: 1)")
     return parser
 
 

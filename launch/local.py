@@ -1,4 +1,4 @@
-"""Runs an agent on this machine as a child process, and hands it the request to stop."""
+"""All ranks on this machine: an agent as a child process, which is handed the request to stop."""
 
 from __future__ import annotations
 
@@ -9,11 +9,37 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from hstu_dist.config import RunConfig
 from hstu_dist.console import report
 from hstu_dist.errors import ExitCode, UserError
+from hstu_dist.run_folder import RunFolder
+from launch.run_files import checked_folder
+from launch.spec import LaunchSpec
+from launch.torchrun import agent_command, agent_environment, as_shell
 
 _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _POLL_SECONDS = 0.1
+
+
+def preview(config: RunConfig) -> str:
+    """The command that `start` would run."""
+    spec = LaunchSpec.of(config)
+    return as_shell(agent_command(spec), agent_environment(spec))
+
+
+def start(config: RunConfig) -> int:
+    """Starts the ranks and waits for them; returns the exit code."""
+    folder = checked_folder(config)
+    spec = LaunchSpec.of(config)
+    return ended_by_request(folder, run(agent_command(spec), agent_environment(spec)))
+
+
+def ended_by_request(folder: RunFolder, code: int, signals: Sequence[int] = ()) -> int:
+    """The exit code of a launch whose ranks ended with `code`; clears a request to stop that they have met."""
+    if code != ExitCode.FINISHED or not folder.stop_file.exists():
+        return code
+    folder.stop_file.unlink()
+    return 128 + signals[0] if signals else ExitCode.STOPPED
 
 
 def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -26,7 +52,7 @@ def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
     Returns:
         The agent's exit code; FAILED if it was killed; 128 + signal if a signal stopped it before it finished.
     """
-    with _stop_signals() as received:
+    with stop_signals() as received:
         # a session of its own: Ctrl-C reaches the agent once, through us, and not a second time from the terminal
         agent = subprocess.Popen(command, env={**os.environ, **environment}, start_new_session=True)
         while not received and agent.poll() is None:
@@ -48,7 +74,7 @@ def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """Collects signals instead of dying of them; what `nohup` ignores stays ignored."""
     received: list[int] = []
 

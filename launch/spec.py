@@ -11,31 +11,64 @@ from hstu_dist.run_folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
+class Meeting:
+    """How the agent of this machine finds those of the others.
+
+    Attributes:
+        endpoint: `host:port` of the first machine.
+        run_id: the same on all machines.
+        nodes: machines.
+        node: this one; 0 is the first.
+        address: this machine's own, by which the others reach it.
+        interface: network interface with that address.
+        join_seconds: how long to wait for the others.
+    """
+
+    endpoint: str
+    run_id: str
+    nodes: int
+    node: int
+    address: str
+    interface: str
+    join_seconds: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class LaunchSpec:
-    """One launch of a checked run.
+    """One launch of a checked run, seen from one machine.
 
     Attributes:
         config_file: the resolved settings that every rank reads.
         ranks: ranks of one machine.
         threads: CPU threads of a rank.
         max_restarts: how often all ranks are started again after a failure.
-        endpoint: `host:port` where the agents of all machines meet; port 0 takes a free one.
         stop_seconds: how long ranks that were asked to stop may take to save a checkpoint.
+        meeting: the other machines; None: this one is alone.
+        logs: folder for the output of every rank; None: the terminal only.
     """
 
     config_file: Path
     ranks: int
     threads: int
     max_restarts: int = 0
-    endpoint: str = "localhost:0"
     stop_seconds: int = 120
+    meeting: Meeting | None = None
+    logs: Path | None = None
 
     @classmethod
-    def of(cls, config: RunConfig) -> LaunchSpec:
-        """The launch of a run on this machine alone."""
+    def of(
+        cls,
+        config: RunConfig,
+        config_file: Path | None = None,
+        meeting: Meeting | None = None,
+        logs: Path | None = None,
+    ) -> LaunchSpec:
+        """The launch of a run on this machine; by default from the run folder, without others and logs."""
         return cls(
-            config_file=RunFolder(config.run_dir).launch_file,
+            config_file=config_file or RunFolder(config.run_dir).launch_file,
             ranks=config.nproc,
             threads=config.trainer.threads or cores_per_rank(config.nproc),
             max_restarts=config.cluster.max_restarts,
+            meeting=meeting,
+            logs=logs,
         )

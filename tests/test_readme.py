@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hstu_dist.commands.plan import settings_of
 from hstu_dist.config import compose, compose_dict
 from hstu_dist.report.pages import Checkout, embed, everything, summary
 
@@ -40,6 +41,8 @@ def test_overrides_of_every_command_compose(command: list[str]) -> None:
     overrides = [word for word in command if re.fullmatch(r"[~a-z_.]+=\S*", word)]
     if "prepare" in command:
         compose_dict("prepare", overrides)
+    elif "plan" in command:
+        settings_of(overrides)
     else:
         compose([o for o in overrides if not o.startswith("dry_run=")])
 
@@ -48,7 +51,7 @@ def test_help_lists_every_command_with_a_line() -> None:
     helped = subprocess.run(
         [sys.executable, "-m", "hstu_dist", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
-    for command in ("prepare", "train", "evaluate"):
+    for command in ("prepare", "train", "evaluate", "plan"):
         assert re.search(rf"^ +{command} +\w.+$", helped, re.MULTILINE)
         own = subprocess.run(
             [sys.executable, "-m", "hstu_dist", command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True

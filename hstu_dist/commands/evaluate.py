@@ -27,17 +27,17 @@ def evaluate_run(config: RunConfig, split: Split, say: Callable[[str], None]) ->
         preflight(config, world.size)
         claim_machine(config.trainer.threads, world)
         checkpoints = CheckpointManager(RunFolder(config.run_dir).checkpoints, config.trainer.checkpoint.keep)
-        steps = checkpoints.steps()
-        if not steps:
-            raise UserError(f"run {config.run_dir}: got no checkpoint", "train it first with the same settings")
         session = Session.build(config, world)
+        loaded = checkpoints.load_newest(session.tensors(), set_aside=False)
+        if loaded is None:
+            raise UserError(f"run {config.run_dir}: got no checkpoint", "train it first with the same settings")
         state = TrainState()
-        state.load_state_dict(checkpoints.load(steps[-1], session.tensors()))
-        if state.best_step in steps:
-            checkpoints.load(state.best_step, session.tensors())
+        state.load_state_dict(loaded)
+        best = state.best_step if state.best_step in checkpoints.steps() else state.step
+        if best != state.step:
+            checkpoints.load(best, session.tensors())
         values = session.evaluate(split)
         if world.is_main:
-            step = state.best_step if state.best_step in steps else state.step
-            say(f"run {config.run_dir}, step {step}, {split} split:")
+            say(f"run {config.run_dir}, step {best}, {split} split:")
             for name, value in values.items():
                 say(f"{name:>10} {value:.4f}")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from hstu_dist.config import RunConfig
-from hstu_dist.data.config import LoaderConfig
+from hstu_dist.data.balance import CostLaw
+from hstu_dist.data.config import BatchingConfig, LoaderConfig
 from hstu_dist.data.dataset import SequenceDataset
 from hstu_dist.data.loader import BatchLoader, Shard, popularity
 from hstu_dist.data.split import Split
 from hstu_dist.distributed.process_group import World
 from hstu_dist.distributed.recommender import Recommender
+from hstu_dist.models.flops import Workload, count_flops
 from hstu_dist.train.evaluate import evaluate, evaluate_popularity
 from hstu_dist.train.optimizer import Optimizers
 
@@ -49,8 +52,16 @@ class Session:
             max_length=self.config.data.max_length,
             seed=self.config.seed,
             shuffle=training,
+            batching=trainer.batching if training else BatchingConfig(),
+            cost=sequence_cost(self.training_flops),
+            stochastic_length=self.config.data.stochastic_length if training else None,
         )
         return BatchLoader(self.dataset, settings, Shard(rank=self.world.rank, world_size=self.world.size))
+
+    def training_flops(self, work: Workload) -> int:
+        """FLOPs that training on a batch needs: forward and backward of the tower and the loss."""
+        scores_per_token = self.config.loss.scores_per_token(self.dataset.num_items)
+        return count_flops(self.config.model, work, scores_per_token).training
 
     def evaluate(self, split: Split) -> dict[str, float]:
         """Metrics of the current weights on a split."""
@@ -70,3 +81,10 @@ class Session:
         table_state = recommender.table.optimizer.state_tensors()
         flat |= {f"table_optimizer.{name}": value for name, value in table_state.items()}
         return flat
+
+
+def sequence_cost(flops: Callable[[Workload], int]) -> CostLaw:
+    """FLOPs of one sequence by its length, from those of a batch."""
+    token, pair = flops(Workload(tokens=1)), flops(Workload(attention_pairs=1))
+    # n (n + 1) / 2 pairs
+    return CostLaw(linear=token + pair / 2, quadratic=pair / 2)

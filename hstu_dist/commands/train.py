@@ -6,15 +6,19 @@ import contextlib
 import logging
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from hstu_dist.checkpoint.manager import CheckpointManager
 from hstu_dist.commands.result_table import finished_report, result_table
 from hstu_dist.commands.session import Session
 from hstu_dist.config import RunConfig, to_dict
 from hstu_dist.data.split import Split
+from hstu_dist.distributed.agreement import check_machines_agree
 from hstu_dist.distributed.process_group import World, claim_machine, process_group
-from hstu_dist.models.flops import Workload, count_flops
+from hstu_dist.errors import UserError
 from hstu_dist.preflight import preflight
 from hstu_dist.run_folder import RunFolder
 from hstu_dist.train.hooks import CheckpointHook, EvaluateHook, LogHook, ProfileHook, TrackTestHook
@@ -40,26 +44,45 @@ def train(config: RunConfig, say: Callable[[str], None]) -> None:
     folder = RunFolder(config.run_dir)
     with process_group(config.trainer.device, config.trainer.timeout_seconds) as world:
         preflight(config, world.size)
+        check_machines_agree(world, folder.path)
         result = folder.finished(config.trainer.last_epoch)
         if result is not None:
             if world.is_main:
                 say(finished_report(config, result))
             return
         claim_machine(config.trainer.threads, world)
-        with folder.lock() if world.is_main else contextlib.nullcontext():
+        with _locked(folder, world):
             _run(config, world, folder, say)
+
+
+@contextlib.contextmanager
+def _locked(folder: RunFolder, world: World) -> Iterator[None]:
+    """Rank 0 holds the folder's lock; if another run has it, every rank hears so at once."""
+    with contextlib.ExitStack() as stack:
+        refusal: list[UserError | None] = [None]
+        if world.is_main:
+            try:
+                stack.enter_context(folder.lock())
+            except UserError as error:
+                refusal = [error]
+        dist.broadcast_object_list(refusal)
+        if refusal[0] is not None:
+            raise refusal[0]
+        yield
 
 
 def _run(config: RunConfig, world: World, folder: RunFolder, say: Callable[[str], None]) -> None:
     session = Session.build(config, world)
-    checkpoints = CheckpointManager(folder.checkpoints, config.trainer.checkpoint.keep)
+    settings = config.trainer.checkpoint
+    checkpoints = CheckpointManager(folder.checkpoints, settings.keep, settings.asynchronous)
     state = restore(session, checkpoints)
     if world.is_main:
         _announce(session, state, say)
         folder.describe(config)
     if not _fit(session, checkpoints, state, folder):
         if world.is_main:
-            say(f"stopped at step {state.step}; the same command continues")
+            by = f" by {folder.stop_file}" if folder.stop_file.exists() else ""
+            say(f"stopped at step {state.step}{by}; the same command continues")
         return
     result = _test(session, checkpoints, state)
     if world.is_main:
@@ -68,11 +91,11 @@ def _run(config: RunConfig, world: World, folder: RunFolder, say: Callable[[str]
 
 
 def restore(session: Session, checkpoints: CheckpointManager) -> TrainState:
-    """State of the newest checkpoint, its tensors loaded; a fresh state where there is none."""
+    """State of the newest whole checkpoint, its tensors loaded; a fresh state where there is none."""
     state = TrainState()
-    steps = checkpoints.steps()
-    if steps:
-        state.load_state_dict(checkpoints.load(steps[-1], session.tensors()))
+    values = checkpoints.load_newest(session.tensors())
+    if values is not None:
+        state.load_state_dict(values)
     return state
 
 
@@ -92,7 +115,9 @@ def _fit(session: Session, checkpoints: CheckpointManager, state: TrainState, fo
     config, world = session.config, session.world
     step = TrainStep(session.recommender, config.loss, session.optimizers, world, config.seed)
     with contextlib.ExitStack() as stack:
-        stop_requested = stack.enter_context(stop_signals())
+        # one rank looks for the file; the ranks agree before each step
+        stop_requested = stack.enter_context(stop_requests(folder.stop_file if world.is_main else None))
+        stack.callback(checkpoints.close)
         log = None
         if world.is_main:
             log = stack.enter_context(MetricsLog(folder.path, config.trainer.logging, to_dict(config), state.step))
@@ -105,7 +130,7 @@ def _fit(session: Session, checkpoints: CheckpointManager, state: TrainState, fo
             world=world,
             peak_flops=job_peak_flops(config.trainer.peak_flops, world),
             hooks=[
-                LogHook(config.trainer.logging, log, _training_flops(session)),
+                LogHook(config.trainer.logging, log, session.training_flops),
                 ProfileHook(config.trainer.profile, folder.path),
                 *_evaluation_hooks(session, log),
                 CheckpointHook(config.trainer.checkpoint, checkpoints, session.tensors),
@@ -114,13 +139,6 @@ def _fit(session: Session, checkpoints: CheckpointManager, state: TrainState, fo
         )
         trainer.fit()
     return not trainer.interrupted
-
-
-def _training_flops(session: Session) -> Callable[[Workload], int]:
-    """FLOPs that training on a batch needs: forward and backward of the tower and the loss."""
-    model = session.config.model
-    scores_per_token = session.config.loss.scores_per_token(session.dataset.num_items)
-    return lambda work: count_flops(model, work, scores_per_token).training
 
 
 def _evaluation_hooks(session: Session, log: MetricsLog | None) -> Iterator[Hook]:
@@ -147,7 +165,7 @@ def _test(session: Session, checkpoints: CheckpointManager, state: TrainState) -
         "test": session.evaluate(Split.TEST),
         "popularity": session.evaluate_popularity(Split.TEST),
         "world_size": session.world.size,
-        "speed": training_averages(state, _training_flops(session)),
+        "speed": training_averages(state, session.training_flops),
     }
     # empty if no reading was a number
     if state.best_test:
@@ -156,8 +174,8 @@ def _test(session: Session, checkpoints: CheckpointManager, state: TrainState) -
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turns SIGTERM and SIGINT into a question that the loop asks before each step."""
+def stop_requests(file: Path | None) -> Iterator[Callable[[], bool]]:
+    """Turns SIGTERM, SIGINT and the appearance of a file into a question that the loop asks before each step."""
     received: list[int] = []
 
     def remember(number: int, _frame: Any) -> None:
@@ -165,7 +183,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
     previous = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda: bool(received)
+        yield lambda: bool(received) or (file is not None and file.exists())
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

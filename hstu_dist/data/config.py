@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from hstu_dist.data.balance import CostLaw
 from hstu_dist.data.split import Split
 from hstu_dist.validation import STRICT
 
@@ -29,6 +30,27 @@ class Duplicates(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class StochasticLengthConfig:
+    """Training on random subsequences of long histories (arXiv 2402.17152, section 3.2).
+
+    A history of n inputs is kept whole if n <= T = N^(alpha/2), and otherwise with probability T^2 / n^2; else a
+    subsequence of T inputs takes its place: the model sees nothing of the events left out, so that what follows an
+    input, its target and query time, is the next event that is kept. The very last event always is the last target.
+    Draws are new every epoch and depend on seed, user and epoch only.
+
+    Attributes:
+        alpha: 2 keeps everything; attention of the longest histories costs of the order of N^alpha.
+        max_length: N; null: the max_length of the data set.
+        selection: which T inputs: the most recent ones (greedy), any (random), or weighted by recency without
+            replacement (weighted): input i has weight 1 - f_i / sum f, with f_i the time from it to the last input.
+    """
+
+    alpha: float = Field(default=1.6, gt=1, le=2)
+    max_length: int | None = Field(default=None, gt=0)
+    selection: Literal["greedy", "random", "weighted"] = "weighted"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class MovieLensConfig:
     """One of the public MovieLens rating sets; every rating is an event, its stars are the action.
 
@@ -36,12 +58,14 @@ class MovieLensConfig:
         kind: `ml1m` (6,040 users) or `ml100k` (943 users).
         path: folder of the prepared data set; empty: data/<kind>.
         max_length: history tokens given to the model; older events are cut at loading, not at preparation.
+        stochastic_length: random subsequences in training; null: whole histories.
         archive: the official archive (ml-1m.zip) or its ratings file, downloaded by hand; None: fetch it.
     """
 
     kind: Literal["ml1m", "ml100k"]
     path: str = ""
     max_length: int = Field(default=200, gt=0)
+    stochastic_length: StochasticLengthConfig | None = None
     archive: str | None = None
 
     def __post_init__(self) -> None:
@@ -58,6 +82,7 @@ class EventsConfig:
             files of one format; None: only an already prepared data set can be used.
         path: folder of the prepared data set; empty: data/<kind>.
         max_length: history tokens given to the model; older events are cut at loading, not at preparation.
+        stochastic_length: random subsequences in training; null: whole histories.
         user_column: int64 or text ids.
         item_column: int64 or text ids.
         timestamp_column: integers, floats, or dates (UTC, whose unit comes from the column).
@@ -72,6 +97,7 @@ class EventsConfig:
     input: str | None = None
     path: str = ""
     max_length: int = Field(default=200, gt=0)
+    stochastic_length: StochasticLengthConfig | None = None
     user_column: str = Field(default="user_id", min_length=1)
     item_column: str = Field(default="item_id", min_length=1)
     timestamp_column: str = Field(default="timestamp", min_length=1)
@@ -98,6 +124,7 @@ class AmazonConfig:
         kind: `amazon_beauty`, `amazon_sports` (Sports and Outdoors) or `amazon_toys` (Toys and Games).
         path: folder of the prepared data set; empty: data/<kind>.
         max_length: history tokens given to the model; older events are cut at loading, not at preparation.
+        stochastic_length: random subsequences in training; null: whole histories.
         source: path or URL of the category's reviews (.json, .json.gz) or ratings (.csv, .csv.gz); None: fetch the
             official 5-core reviews.
     """
@@ -105,14 +132,77 @@ class AmazonConfig:
     kind: Literal["amazon_beauty", "amazon_sports", "amazon_toys"]
     path: str = ""
     max_length: int = Field(default=50, gt=0)
+    stochastic_length: StochasticLengthConfig | None = None
     source: str | None = Field(default=None, min_length=1)
 
     def __post_init__(self) -> None:
         _fill_path(self)
 
 
-DataConfig = Annotated[MovieLensConfig | AmazonConfig | EventsConfig, Field(discriminator="kind")]
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SyntheticZipfConfig:
+    """Made-up events of any number, with popular items and long histories as skewed as real ones; for benchmarks.
+
+    Items and lengths follow densities x^-exponent, rounded down; there is nothing to learn but popularity.
+
+    Attributes:
+        kind: `synthetic_zipf`.
+        path: folder of the prepared data set; empty: data/<kind>.
+        max_length: history tokens given to the model; older events are cut at loading, not at preparation.
+        stochastic_length: random subsequences in training; null: whole histories.
+        num_users: sequences.
+        num_items: item ids are 0 to num_items - 1; popular ones lie anywhere.
+        item_exponent: of item popularity; 0: all alike.
+        length_exponent: of sequence lengths.
+        min_events: of the shortest sequence.
+        max_events: of the longest sequence.
+        seed: determines every event.
+    """
+
+    kind: Literal["synthetic_zipf"] = "synthetic_zipf"
+    path: str = ""
+    max_length: int = Field(default=4096, gt=0)
+    stochastic_length: StochasticLengthConfig | None = None
+    num_users: int = Field(default=20_000, gt=0)
+    num_items: int = Field(default=100_000, gt=0, le=2**31)
+    item_exponent: float = Field(default=1.2, ge=0)
+    length_exponent: float = Field(default=1.2, ge=0)
+    min_events: int = Field(default=4, gt=0)
+    max_events: int = Field(default=4098, gt=0)
+    seed: int = Field(default=0, ge=0)
+
+    def __post_init__(self) -> None:
+        _fill_path(self)
+        if self.max_events < self.min_events:
+            raise ValueError(f"max_events: got {self.max_events}, expected at least min_events ({self.min_events})")
+
+
+DataSetConfig = MovieLensConfig | AmazonConfig | EventsConfig | SyntheticZipfConfig
 """Any data set that `prepare` can make."""
+
+DataConfig = Annotated[DataSetConfig, Field(discriminator="kind")]
+"""The same, told apart by `kind` when read."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class BatchingConfig:
+    """How an epoch is cut into global batches and how a batch is shared out.
+
+    Attributes:
+        by: what batches have the same number of: sequences, tokens, or FLOPs of a training step. By tokens or FLOPs,
+            the number of sequences varies; a batch is off the mean by at most one sequence.
+        budget: tokens or FLOPs of a batch over all ranks, on average; null: as many batches as by sequences.
+        balance: which rank gets which sequences of a batch. cost: the costliest first, each to the rank with the
+            least work; counts: the same with equally many sequences a rank; none: in turns.
+    """
+
+    by: Literal["sequences", "tokens", "flops"] = "sequences"
+    budget: float | None = Field(default=None, gt=0)
+    balance: Literal["none", "counts", "cost"] = "cost"
+
+    def __post_init__(self) -> None:
+        if self.by == "sequences" and self.budget is not None:
+            raise ValueError(f"budget: got {self.budget:g}, expected null: by sequences, global_batch_size decides")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -121,10 +211,13 @@ class LoaderConfig:
 
     Attributes:
         split: which part of every sequence.
-        global_batch_size: sequences in a batch, summed over all ranks.
+        global_batch_size: sequences in a batch, summed over all ranks; unless `batching` sets a budget.
         max_length: most recent inputs kept of every sequence.
-        seed: with the epoch number, determines the order.
+        seed: with the epoch number, determines the order and the subsequences.
         shuffle: a new order every epoch, or data set order.
+        batching: how batches are cut and shared out.
+        cost: work of a sequence by its length, what batching by FLOPs and balancing go by.
+        stochastic_length: random subsequences; None: whole histories.
     """
 
     split: Split
@@ -132,9 +225,12 @@ class LoaderConfig:
     max_length: int = Field(default=200, gt=0)
     seed: int = Field(default=0, ge=0)
     shuffle: bool = True
+    batching: BatchingConfig = Field(default_factory=BatchingConfig)
+    cost: CostLaw = Field(default_factory=CostLaw)
+    stochastic_length: StochasticLengthConfig | None = None
 
 
-def prepare_command(config: MovieLensConfig | AmazonConfig | EventsConfig) -> str:
+def prepare_command(config: DataSetConfig) -> str:
     """What makes the data set of a configuration."""
     words = ["python -m hstu_dist prepare", f"data={config.kind}"]
     words += ["data.input=FILE"] if isinstance(config, EventsConfig) else []
@@ -146,6 +242,6 @@ def _default_path(kind: str) -> str:
     return f"data/{kind}"
 
 
-def _fill_path(config: MovieLensConfig | AmazonConfig | EventsConfig) -> None:
+def _fill_path(config: DataSetConfig) -> None:
     if not config.path:
         object.__setattr__(config, "path", _default_path(config.kind))

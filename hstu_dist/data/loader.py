@@ -1,7 +1,7 @@
 """BatchLoader: jagged batches whose order depends on seed and epoch only, whatever the number of ranks.
 
-Global batch b of an epoch is the b-th run of `global_batch_size` sequences of that epoch's order; every rank takes
-each world_size-th sequence of it. So a position in the data is (epoch, batch), valid for any number of ranks.
+Global batch b of an epoch is the b-th run of that epoch's order (see `epoch`); every rank takes its share of it. So a
+position in the data is (epoch, batch), valid for any number of ranks.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ import numpy as np
 import torch
 
 from hstu_dist.batch import JaggedBatch
+from hstu_dist.data.balance import Imbalance
 from hstu_dist.data.config import LoaderConfig
 from hstu_dist.data.dataset import Ints, SequenceDataset
+from hstu_dist.data.epoch import EpochLayout, EpochPlanner
 from hstu_dist.data.split import Split, part_lengths, split_rows
+from hstu_dist.data.stochastic_length import History, spans
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,7 @@ class BatchLoader:
     """This rank's part of every global batch of a split.
 
     Only sequences with something to predict in the split take part (see `split`); each comes exactly once an
-    epoch, on exactly one rank. The last global batch may be smaller, and a rank's share of it empty.
+    epoch, on exactly one rank. The last global batch may be smaller, and a rank's share of any batch empty.
     """
 
     def __init__(self, dataset: SequenceDataset, config: LoaderConfig, shard: Shard | None = None) -> None:
@@ -46,10 +49,12 @@ class BatchLoader:
         self.config = config
         self.shard = shard or Shard()
         self._rows = split_rows(dataset.lengths, config.split, config.max_length)
+        self._planner = EpochPlanner(self._rows, config)
+        self._latest: EpochLayout | None = None
 
     def __len__(self) -> int:
-        """Global batches an epoch; the same on every rank."""
-        return -(-self.num_sequences // self.config.global_batch_size)
+        """Global batches an epoch; the same on every rank and in every epoch."""
+        return self._planner.num_batches
 
     @property
     def num_sequences(self) -> int:
@@ -60,7 +65,7 @@ class BatchLoader:
         """Batches `first_batch` to the last of an epoch; continuing there equals never having stopped.
 
         Args:
-            epoch: >= 0; chooses the order.
+            epoch: >= 0; chooses the order and, with stochastic length, the subsequences.
             first_batch: 0 to len(self); at len(self) nothing is left.
 
         Raises:
@@ -70,37 +75,59 @@ class BatchLoader:
             raise ValueError(f"epoch: got {epoch}, expected >= 0")
         if not 0 <= first_batch <= len(self):
             raise ValueError(f"first_batch: got {first_batch}, expected 0 to {len(self)}")
-        return self._batches(epoch, first_batch)
+        return self._batches(self._layout(epoch), first_batch)
 
-    def _batches(self, epoch: int, first_batch: int) -> Iterator[JaggedBatch]:
-        order = self._order(epoch)
-        size = self.config.global_batch_size
+    def imbalance(self, epoch: int, batch: int) -> Imbalance:
+        """How evenly the work of a global batch is shared out; the same on every rank."""
+        return self._layout(epoch).imbalance(batch, self.shard.world_size)
+
+    def _layout(self, epoch: int) -> EpochLayout:
+        if self._latest is None or self._latest.epoch != epoch:
+            self._latest = self._planner.layout(epoch)
+        return self._latest
+
+    def _batches(self, layout: EpochLayout, first_batch: int) -> Iterator[JaggedBatch]:
         for batch in range(first_batch, len(self)):
-            mine = order[batch * size : (batch + 1) * size][self.shard.rank :: self.shard.world_size]
-            yield self._gather(mine)
+            yield self._gather(layout, layout.share(batch, self.shard.rank, self.shard.world_size))
 
-    def _order(self, epoch: int) -> Ints:
-        if not self.config.shuffle:
-            return np.arange(self.num_sequences)
-        bits = np.random.Philox(np.random.SeedSequence([self.config.seed, epoch]))
-        # sorted raw bits, not Generator.permutation, whose result may change between NumPy versions
-        return np.argsort(bits.random_raw(self.num_sequences), kind="stable")
-
-    def _gather(self, rows: Ints) -> JaggedBatch:
+    def _gather(self, layout: EpochLayout, rows: Ints) -> JaggedBatch:
         data = self.dataset
-        sequences, lengths = self._rows.sequences[rows], self._rows.lengths[rows]
-        offsets = np.concatenate(([0], np.cumsum(lengths)))
-        first_events = data.offsets[sequences] + self._rows.starts[rows]
-        events = np.arange(offsets[-1]) + np.repeat(first_events - offsets[:-1], lengths)
+        sequences, kept = self._rows.sequences[rows], layout.lengths[rows]
+        history = History(
+            sequences=sequences,
+            firsts=data.offsets[sequences] + self._rows.starts[rows],
+            lengths=self._rows.lengths[rows],
+            kept=kept,
+        )
+        law = self._planner.stochastic_length
+        inputs = spans(history.firsts, kept) if law is None else law.events(history, data.timestamps, layout.epoch)
+        offsets = np.concatenate(([0], np.cumsum(kept)))
+        lasts = offsets[1:] - 1, history.firsts + history.lengths
+        items, times = data.item_ids[inputs], data.timestamps[inputs]
         return JaggedBatch(
             offsets=torch.from_numpy(offsets),
-            item_ids=torch.from_numpy(data.item_ids[events]),
-            timestamps=torch.from_numpy(data.timestamps[events]),
-            actions=torch.from_numpy(data.actions[events]),
-            target_ids=torch.from_numpy(data.item_ids[events + 1]),
-            query_times=torch.from_numpy(data.timestamps[events + 1]),
+            item_ids=torch.from_numpy(items),
+            timestamps=torch.from_numpy(times),
+            actions=torch.from_numpy(data.actions[inputs]),
+            target_ids=torch.from_numpy(_following(items, lasts, data.item_ids)),
+            query_times=torch.from_numpy(_following(times, lasts, data.timestamps)),
             row_ids=torch.from_numpy(sequences),
         )
+
+
+def _following(values: Ints, lasts: tuple[Ints, Ints], column: Ints) -> Ints:
+    """[T] the value of the event after each input: the next input's, or after the last one that of the last target.
+
+    Args:
+        values: [T] of the inputs.
+        lasts: [B] places of the last inputs, and [B] events of the data set that follow them.
+        column: [E] of the data set.
+    """
+    following = np.empty_like(values)
+    following[:-1] = values[1:]
+    places, events = lasts
+    following[places] = column[events]
+    return following
 
 
 def popularity(dataset: SequenceDataset, split: Split = Split.TRAIN) -> torch.Tensor:

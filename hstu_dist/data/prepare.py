@@ -9,16 +9,24 @@ from typing import Any, Protocol
 
 import hstu_dist
 from hstu_dist.data.amazon import Amazon
-from hstu_dist.data.config import AmazonConfig, Duplicates, EventsConfig, MovieLensConfig
+from hstu_dist.data.config import (
+    AmazonConfig,
+    DataSetConfig,
+    Duplicates,
+    EventsConfig,
+    MovieLensConfig,
+    SyntheticZipfConfig,
+)
 from hstu_dist.data.events import EventLog, EventTable
 from hstu_dist.data.schema import DATA_FILES, FORMAT_VERSION, MANIFEST_FILE, Manifest, file_hash, load_manifest
 from hstu_dist.data.sequences import Cleaning, Sequences, build_sequences
 from hstu_dist.data.sources import MovieLens
+from hstu_dist.data.synthetic import SyntheticZipf
 from hstu_dist.data.writer import exclusive, replacing, write_sequences, write_text
 from hstu_dist.errors import UserError
 
 # settings that say where things are and how they are read, not what is in the data set
-_NOT_CONTENT = {"kind", "path", "max_length", "input", "archive", "source"}
+_NOT_CONTENT = {"kind", "path", "max_length", "stochastic_length", "input", "archive", "source"}
 
 _log = logging.getLogger(__name__)
 
@@ -29,11 +37,11 @@ class Source(Protocol):
     def fingerprint(self) -> dict[str, str]:
         """Hash of every input by name; fetches nothing whose hash is known."""
 
-    def read(self) -> EventTable:
-        """All events, checked."""
+    def read(self) -> EventTable | Sequences:
+        """All events, checked, or finished sequences."""
 
 
-def prepare(config: MovieLensConfig | AmazonConfig | EventsConfig) -> Manifest:
+def prepare(config: DataSetConfig) -> Manifest:
     """Bring the data set at `config.path` up to date with the configuration and its source.
 
     A second call with the same settings and the same input changes nothing. Several processes may call it at
@@ -58,7 +66,8 @@ def prepare(config: MovieLensConfig | AmazonConfig | EventsConfig) -> Manifest:
         if manifest := _up_to_date(target, made_from):
             _log.info("%s: prepared by another process (%s)", target, _summary(manifest))
             return manifest
-        sequences = build_sequences(source.read(), _cleaning(config))
+        found = source.read()
+        sequences = found if isinstance(found, Sequences) else build_sequences(found, _cleaning(config))
         with replacing(target) as folder:
             write_sequences(folder, sequences)
             manifest = _describe(folder, sequences, made_from)
@@ -67,7 +76,7 @@ def prepare(config: MovieLensConfig | AmazonConfig | EventsConfig) -> Manifest:
     return manifest
 
 
-def _source(config: MovieLensConfig | AmazonConfig | EventsConfig) -> Source:
+def _source(config: DataSetConfig) -> Source:
     match config:
         case MovieLensConfig():
             return MovieLens(config)
@@ -75,11 +84,13 @@ def _source(config: MovieLensConfig | AmazonConfig | EventsConfig) -> Source:
             return Amazon(config)
         case EventsConfig():
             return EventLog(config)
+        case SyntheticZipfConfig():
+            return SyntheticZipf(config)
 
 
-def _cleaning(config: MovieLensConfig | AmazonConfig | EventsConfig) -> Cleaning:
+def _cleaning(config: DataSetConfig) -> Cleaning:
     match config:
-        case MovieLensConfig():
+        case MovieLensConfig() | SyntheticZipfConfig():
             return Cleaning()
         case AmazonConfig():
             return Cleaning(duplicates=Duplicates.DROP, min_user_events=5, min_item_events=5)

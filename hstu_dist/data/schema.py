@@ -69,7 +69,7 @@ class Manifest:
     num_events: int = Field(ge=1)
     mean_length: float
     max_length: int
-    recipe: dict[str, str | int | None]
+    recipe: dict[str, str | int | float | None]
     sources: dict[str, str]
     files: dict[str, str]
 

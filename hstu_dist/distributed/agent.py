@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import parse_args, run
 
 from hstu_dist.console import report
@@ -19,7 +20,8 @@ from hstu_dist.errors import ExitCode, UserError
 def main(arguments: Sequence[str]) -> int:
     """Starts and watches the ranks of this machine; returns the exit code.
 
-    0: all ranks finished; 2: the first rank to fail had bad input, and has said so; 1: it failed otherwise;
+    0: all ranks finished; 2: the first rank to fail had bad input, and has said so; 1: it failed otherwise, or the
+    machines did not find each other;
     128 + signal: stopped by it, after the ranks were given the time to save.
     """
     _quiet_torchrun()
@@ -30,6 +32,12 @@ def main(arguments: Sequence[str]) -> int:
             return explain(error.failures)
         except SignalException as error:
             return 128 + int(error.sigval)
+        except RendezvousError as error:
+            # the store's own words come first in the chain
+            reason = str(error.__cause__ or error).splitlines()[0]
+            remedy = "check that the agents of all machines were started, and the network between them"
+            report(UserError(f"the agents of the machines did not meet: {reason}", remedy))
+            return ExitCode.FAILED
     return ExitCode.FINISHED
 
 
@@ -45,6 +53,9 @@ def _quiet_torchrun() -> None:
 def _only_restarts(record: logging.LogRecord) -> bool:
     if "will restart worker group" not in str(record.msg) or not isinstance(record.args, tuple):
         return False
+    if "new nodes" in str(record.msg):
+        record.msg, record.args = "another machine starts its ranks again; so does this one", ()
+        return True
     _role, _state, left, allowed = record.args
     record.msg, record.args = "a rank failed; starting all ranks again (%s of %s restarts left)", (left, allowed)
     return True

@@ -69,9 +69,10 @@ def _join(backend: str, timeout: timedelta) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    # the store outlives a restart of the ranks: without a prefix they would find the addresses of the dead
-    attempt = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timeout)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # the agent's store outlives a restart of the ranks: without a prefix they would find the addresses of the dead
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 @contextmanager
@@ -90,7 +91,13 @@ def _device(name: str) -> torch.device:
         raise UserError("trainer.device: got cuda, but this machine has no usable CUDA device", "use device=cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    number, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= gpus:
+        raise UserError(
+            f"more ranks than GPUs: {os.environ.get('LOCAL_WORLD_SIZE')} ranks on a machine with {gpus} usable GPUs",
+            f"use nproc={gpus} or trainer.device=cpu",
+        )
+    device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device
 

@@ -125,7 +125,7 @@ def count_flops(config: HSTUConfig | TransformerConfig, work: Workload, scores_p
     weights = sum(dense.inputs * dense.outputs for dense in _dense_layers(config))
     return FlopCount(
         projections=2 * work.tokens * config.num_layers * weights,
-        attention=2 * work.attention_pairs * config.num_layers * config.num_heads * sum(_head_widths(config)),
+        attention=2 * work.attention_pairs * config.num_layers * config.num_heads * sum(head_widths(config)),
         scores=2 * work.tokens * scores_per_token * config.width,
     )
 
@@ -156,12 +156,12 @@ def _dense_layers(config: HSTUConfig | TransformerConfig) -> list[_DenseLayer]:
         F = config.ffn_width
         shapes = [(D, D), (D, 2 * D), (D, D), (D, F), (F, D)]
         return [_DenseLayer(inputs, outputs, bias=True) for inputs, outputs in shapes]
-    Q, V = _head_widths(config)
+    Q, V = head_widths(config)
     gated = 2 * H * V + D if config.concat_ux else H * V
     return [_DenseLayer(D, 2 * H * (V + Q), bias=config.uvqk_bias), _DenseLayer(gated, D, bias=True)]
 
 
-def _head_widths(config: HSTUConfig | TransformerConfig) -> tuple[int, int]:
+def head_widths(config: HSTUConfig | TransformerConfig) -> tuple[int, int]:
     """Q and V."""
     even = config.width // config.num_heads
     if isinstance(config, TransformerConfig):
@@ -173,7 +173,7 @@ def _norm_parameters(config: HSTUConfig | TransformerConfig) -> int:
     """Scales and shifts of the two norms of one block."""
     if isinstance(config, TransformerConfig):
         return 2 * (config.width + config.width)
-    _, V = _head_widths(config)
+    _, V = head_widths(config)
     return 2 * (config.width + config.num_heads * V) if config.affine_norm else 0
 
 

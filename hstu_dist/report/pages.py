@@ -45,6 +45,17 @@ TOPICS: Mapping[str, Topic] = {
     "attention_cpu": Topic(
         title="Attention on a CPU", note="fp32; a ratio above 1 means that the first contender is faster or smaller."
     ),
+    "data": Topic(
+        title="Data",
+        note="One process; a ratio above 1 means better than the limit. Sparsity: share of inputs left out of "
+        "histories padded to the longest, log-normal before they are cut, with a median of 3,443 and a sigma of 1.8 "
+        "that were fitted to the paper's four figures.",
+    ),
+    "plan": Topic(
+        title="Capacity planner",
+        note="Time and memory of `python -m hstu_dist plan` itself, and what it predicts against what was measured: "
+        "growth of the fullest rank's process (tables, optimizers, tower, gradients), and bytes that autograd saves.",
+    ),
     "kernels": Topic(
         title="Triton kernels compiled ahead of time", note="Without a GPU: what the compiler reports, not a speed."
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib as mpl
@@ -99,5 +100,48 @@ def save_curves(curves: Curves, title: str, stem: Path) -> tuple[Path, Path]:
         panel.set_xlabel("epoch", fontsize=8)
         panel.tick_params(labelsize=8)
     panels[0].legend(fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    return save_figure(figure, stem)
+
+
+def save_sweep(
+    memory: Mapping[int, Mapping[str, float]],
+    times: Mapping[str, Mapping[int, float]],
+    limit: float,
+    title: str,
+    stem: Path,
+) -> tuple[Path, Path]:
+    """Two panels against the world size: memory of a rank, stacked by part, and lines of seconds.
+
+    Args:
+        memory: world size → part → bytes.
+        times: line → world size → seconds.
+        limit: bytes that a rank has.
+        title: of the figure.
+        stem: where, without suffix.
+
+    Returns:
+        Paths of PNG and SVG.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    labels = [str(ranks) for ranks in memory]
+    bottom = [0.0] * len(labels)
+    for part in next(iter(memory.values()), {}):
+        sizes = [parts[part] / 1e9 for parts in memory.values()]
+        left.bar(labels, sizes, bottom=bottom, label=part.replace("_", " "))
+        bottom = [low + size for low, size in zip(bottom, sizes, strict=True)]
+    left.axhline(limit / 1e9, color="black", linestyle="--", label="limit")
+    # beyond a few times the limit only "too much" matters
+    left.set_ylim(0, min(max([*bottom, limit / 1e9]), 3 * limit / 1e9) * 1.05)
+    left.set_ylabel("GB a rank")
+    for name, line in times.items():
+        right.plot([str(ranks) for ranks in line], [seconds * 1e3 for seconds in line.values()], marker="o", label=name)
+    right.set_ylim(bottom=0)
+    right.set_ylabel("ms a step, at least")
+    for panel in (left, right):
+        panel.set_xlabel("ranks, as many sequences each")
+        panel.legend(fontsize=7)
+        panel.tick_params(labelsize=8)
     figure.suptitle(title, fontsize=9)
     return save_figure(figure, stem)

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from hstu_dist.data.config import BatchingConfig
 from hstu_dist.validation import STRICT
 
 
@@ -92,10 +93,13 @@ class CheckpointConfig:
     Attributes:
         every_steps: write after every so many steps, besides the end of each epoch; null: epochs only.
         keep: newest checkpoints that stay; the best one always stays.
+        asynchronous: training goes on while a checkpoint is written; each rank keeps a copy of its share of the state
+            in host memory for it.
     """
 
     every_steps: int | None = Field(default=None, gt=0)
     keep: int = Field(default=2, ge=1)
+    asynchronous: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -140,7 +144,8 @@ class TrainerConfig:
         train_on: train leaves out the validation and test events; train_validation leaves out the test events only, for
             a final refit of a number of epochs that was chosen before: there is no validation, and the test split is
             read once, after the last epoch.
-        global_batch_size: sequences of one step, over all ranks.
+        global_batch_size: sequences of one step, over all ranks; on average, if `batching` is not by sequences.
+        batching: how an epoch is cut into steps, and a step's sequences are shared out among the ranks.
         device: auto takes CUDA where there is one.
         threads: CPU threads of a rank; null: the machine's cores divided by its ranks.
         peak_flops: FLOP/s of one rank's device, what MFU is measured against; null: the data sheet of a known GPU for
@@ -153,6 +158,7 @@ class TrainerConfig:
     stop_epoch: int | None = Field(default=None, gt=0)
     train_on: Literal["train", "train_validation"] = "train"
     global_batch_size: int = Field(default=128, gt=0)
+    batching: BatchingConfig = Field(default_factory=BatchingConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, gt=0)
     peak_flops: float | None = Field(default=None, gt=0)

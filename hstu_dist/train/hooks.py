@@ -98,11 +98,19 @@ class LogHook(Hook):
             values["speed/mfu"] = flops_per_second / trainer.peak_flops
             shown["mfu"] = f"{values['speed/mfu']:.1%}"
         if self.log is not None:
-            self.log.write(trainer.state.step, values)
+            self.log.write(trainer.state.step, values | _imbalance(trainer))
         if self._bar is not None:
             self._bar.set_postfix(shown)
         self._loss_sum, self._work, self._steps = 0.0, Workload(), 0
         self._seconds_before = trainer.state.train_seconds
+
+
+def _imbalance(trainer: Trainer) -> dict[str, float]:
+    """Work of the busiest rank over the mean, minus 1, in the last step; `in_turns`: had nobody balanced it."""
+    if trainer.world.size == 1:
+        return {}
+    found = trainer.loader.imbalance(trainer.state.epoch, trainer.state.batch - 1)
+    return {"speed/imbalance": found.after, "speed/imbalance_in_turns": found.before}
 
 
 class EvaluateHook(Hook):
@@ -184,11 +192,11 @@ class CheckpointHook(Hook):
         self.config = config
         self.manager = manager
         self.tensors = tensors
-        self._saved_step = -1
+        self._restored_step = -1
 
     def on_start(self, trainer: Trainer) -> None:
         """A restored run need not save where it already is."""
-        self._saved_step = trainer.state.step
+        self._restored_step = trainer.state.step
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
         """Saves every few steps; the end of an epoch saves after its validation."""
@@ -201,13 +209,14 @@ class CheckpointHook(Hook):
         self._save(trainer)
 
     def on_stop(self, trainer: Trainer) -> None:
-        """Saves what an interrupted run has done since its last checkpoint."""
-        if trainer.state.step != self._saved_step:
+        """Saves what the run has done since its last checkpoint that was written, and waits for it."""
+        self.manager.finish()
+        if trainer.state.step not in (self._restored_step, self.manager.saved_step):
             self._save(trainer)
+            self.manager.finish()
 
     def _save(self, trainer: Trainer) -> None:
         self.manager.save(self.tensors(), trainer.state.state_dict(), trainer.state.best_step)
-        self._saved_step = trainer.state.step
 
 
 class ProfileHook(Hook):

@@ -79,6 +79,7 @@ def check_resume(world: World, data: Path, folder: Path, sharding: str) -> dict[
         "round trip": same(saved, restored),
         "losses": (losses, first, rest),
         "states": (state, resumed_state, stopped_state.step),
+        "stopped": stopped_state,
         "final": same(snapshot(resumed), final),
         "saved": saved,
     }
@@ -89,18 +90,23 @@ def check_all_resumes(data: Path, folder: Path) -> dict[str, dict[str, Any]]:
         return {sharding: check_resume(world, data, folder / sharding, sharding) for sharding in SHARDINGS}
 
 
-def load_each(data: Path, folder: Path) -> dict[tuple[str, str], dict[str, Tensor]]:
-    """Every checkpoint under every sharding, at this number of ranks; and saved again from there."""
+def load_each(data: Path, folder: Path, last: bool) -> dict[str, Any]:
+    """Every checkpoint under every sharding, at this number of ranks; saved again from there, to be loaded by the next.
+
+    Goes around in the same folder: what one number of ranks wrote under one sharding, the next loads under the other.
+    """
     found = {}
     with process_group("cpu", 60) as world:
         for source in SHARDINGS:
+            manager = CheckpointManager(folder / source / source, 9)
             for target in SHARDINGS:
                 session = build(config_of(data, target, "seed=9"), world)
-                state = restore(session, CheckpointManager(folder / source / source, 9))
+                state = restore(session, manager)
                 assert state.step == STOP
-                found[source, target] = snapshot(session)
-                again = CheckpointManager(folder / f"again-{world.size}" / source / target, 9)
-                again.save(session.tensors(), state.state_dict(), state.best_step)
+                found[f"{source} {target}"] = (snapshot(session), state)
+                if not last:
+                    # in place of what was loaded
+                    manager.save(session.tensors(), state.state_dict(), state.best_step)
     return found
 
 
@@ -126,15 +132,21 @@ def test_resuming_equals_never_stopping(resumes: Any, sharding: str) -> None:
         assert facts["round trip"] and facts["final"]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_other_ranks_and_sharding_load_the_same_state(
-    resumes: Any, world_size: int, tiny_data: Path, folder: Path
+    resumes: Any, tiny_data: Path, folder: Path, tmp_path: Path
 ) -> None:
     saved = resumes[0]["row_wise"]["saved"]
+    for sharding in SHARDINGS:
+        shutil.copytree(folder / sharding / sharding, tmp_path / sharding / sharding)
     # a table_wise run computes the same up to rounding; compared is what was saved with what is loaded
-    for rank in run_ranks(world_size, load_each, tiny_data, folder):
-        for (source, _), loaded in rank.items():
-            assert same(loaded, resumes[0][source]["saved"])
+    sizes = (8, 3, 1, 4, 2)
+    for world_size in sizes:
+        for rank in run_ranks(world_size, load_each, tiny_data, tmp_path, world_size == sizes[-1]):
+            assert len(rank) == 4
+            for case, (loaded, state) in rank.items():
+                facts = resumes[0][case.split()[0]]
+                assert same(loaded, facts["saved"]), (world_size, case)
+                assert state == facts["stopped"]
     table = {name.split(".")[-1]: value for name, value in saved.items() if name.startswith("table_optimizer.")}
     assert table["step"] == STOP and table["momentum1"].any() and table["exp_avg_sq"].gt(0).any()
     assert all(name in saved for name in ("tower.position.weight", "optimizer.position.weight.exp_avg_sq"))
@@ -158,9 +170,9 @@ def test_training_goes_on_at_another_number_of_ranks(
         assert state == resumes[0]["row_wise"]["states"][0]
 
 
-def load_damaged(data: Path, folder: Path, width: int) -> str:
+def load_changed(data: Path, folder: Path, overrides: list[str]) -> str:
     with process_group("cpu", 20) as world:
-        session = build(config_of(data, "row_wise", f"model.width={width}"), world)
+        session = build(config_of(data, "row_wise", *overrides), world)
         try:
             restore(session, CheckpointManager(folder, 9))
         except UserError as error:
@@ -168,19 +180,37 @@ def load_damaged(data: Path, folder: Path, width: int) -> str:
         return "loaded"
 
 
-def test_every_rank_reports_a_damaged_or_unfitting_checkpoint(
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["model.width=12"], "optimizer."),
+        (["embedding.optimizer.kind=sgd", "~embedding.optimizer.weight_decay"], "table_optimizer."),
+        (["embedding.optimizer.kind=rowwise_adamw"], "table_optimizer."),
+        (["embedding.optimizer.kind=rowwise_adagrad", "~embedding.optimizer.weight_decay"], "table_optimizer."),
+    ],
+)
+def test_every_rank_refuses_what_does_not_fit(
+    resumes: Any, overrides: list[str], reason: str, tiny_data: Path, folder: Path
+) -> None:
+    assert resumes
+    stored = folder / "row_wise" / "row_wise"
+    problems = run_ranks(2, load_changed, tiny_data, stored, overrides)
+    (step,) = stored.iterdir()
+    assert problems[0] == problems[1] and problems[0].startswith(f"checkpoint {step}: {reason}"), problems[0]
+    assert ": got " in problems[0] and ", expected " in problems[0]
+
+
+def test_damage_of_one_rank_s_file_reaches_every_rank(
     resumes: Any, tiny_data: Path, folder: Path, tmp_path: Path
 ) -> None:
     assert resumes
     shutil.copytree(folder / "row_wise" / "row_wise", tmp_path / "copy")
     (step,) = (tmp_path / "copy").iterdir()
-    for problem in run_ranks(2, load_damaged, tiny_data, tmp_path / "copy", 12):
-        assert problem.startswith(f"checkpoint {step}: tower.") and "expected shape" in problem
-    # one rank's file: the other rank reads only whole ones, and must hear of it
-    file = max((step / "tensors").glob("*.distcp"), key=lambda f: f.name)
+    # the file that rank 1 checks
+    file = max(step.glob("*.safetensors"), key=lambda f: f.name)
     file.write_bytes(file.read_bytes()[:100])
-    for problem in run_ranks(2, load_damaged, tiny_data, tmp_path / "copy", 8):
-        assert problem.startswith(f"checkpoint {step}: cannot be read")
+    for problem in run_ranks(2, load_changed, tiny_data, tmp_path / "copy", []):
+        assert problem.startswith(f"checkpoint {step}: {file.name} has 100 bytes")
 
 
 def save_every(data: Path, folder: Path) -> list[int]:

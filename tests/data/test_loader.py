@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hstu_dist.batch import JaggedBatch
-from hstu_dist.data.config import LoaderConfig
+from hstu_dist.data.config import BatchingConfig, LoaderConfig
 from hstu_dist.data.loader import BatchLoader, Shard, popularity
 from hstu_dist.data.split import Split, part_lengths, split_rows
 from tests.data.cases import dataset_of
@@ -21,8 +22,9 @@ LENGTHS = [0, 1, 2, 3, 4, 5, 30, 7, 12, 3, 3, 2, 9, 1, 6, 11, 40]
 FROZEN_ORDER = [4, 5, 6, 15, 12, 14, 16, 8, 7]
 
 
-def loader_of(split: Split = Split.TRAIN, shard: Shard | None = None, **settings: int | bool) -> BatchLoader:
-    config = LoaderConfig(**{"split": split, "global_batch_size": 4, "max_length": 8, "seed": 3, **settings})
+def loader_of(split: Split = Split.TRAIN, shard: Shard | None = None, **settings: Any) -> BatchLoader:
+    defaults: dict[str, Any] = {"split": split, "global_batch_size": 4, "max_length": 8, "seed": 3}
+    config = LoaderConfig(**(defaults | settings))
     return BatchLoader(dataset_of(LENGTHS), config, shard)
 
 
@@ -60,12 +62,14 @@ def test_rows_hold_each_event_with_the_one_that_follows(split: Split) -> None:
     size=st.integers(1, 9),
     split=st.sampled_from(list(Split)),
     shuffle=st.booleans(),
+    balance=st.sampled_from(["none", "counts"]),
 )
 def test_ranks_together_see_each_global_batch_once(
-    lengths: list[int], world_size: int, size: int, split: Split, shuffle: bool
+    lengths: list[int], world_size: int, size: int, split: Split, shuffle: bool, balance: Literal["none", "counts"]
 ) -> None:
     data = dataset_of(lengths)
-    config = LoaderConfig(split=split, global_batch_size=size, max_length=5, shuffle=shuffle)
+    batching = BatchingConfig(balance=balance)
+    config = LoaderConfig(split=split, global_batch_size=size, max_length=5, shuffle=shuffle, batching=batching)
     whole = list(BatchLoader(data, config).epoch(2))
     ranks = [BatchLoader(data, config, Shard(rank=r, world_size=world_size)) for r in range(world_size)]
     assert {len(rank) for rank in ranks} == {len(whole)}

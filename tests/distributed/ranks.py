@@ -97,7 +97,7 @@ def _work(pipe: Connection, place: dict[str, int], function: Callable[..., Any],
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     # TorchRec hands out ShardedTensor, which torch wants replaced by DTensor
     warnings.filterwarnings("ignore", message="Please use DTensor", category=FutureWarning)
     try:

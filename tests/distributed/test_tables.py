@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hstu_dist.checkpoint.storage import read_tensors, write_tensors
+from hstu_dist.checkpoint.manager import CheckpointManager
 from hstu_dist.distributed.config import EmbeddingConfig, TableOptimizerConfig
 from hstu_dist.distributed.process_group import process_group
 from hstu_dist.distributed.tables import ItemTable, TableShape
@@ -246,7 +246,7 @@ def test_initial_weights_do_not_depend_on_the_ranks(trained: Any) -> None:
             assert torch.equal(table.before, first)
 
 
-# 5 rows: on 4 ranks the third has one and the last has none
+# 5 rows: on 4 ranks the third has one and the last has none, on 8 ranks three have none
 UNEVEN = TableShape(num_rows=5, width=4)
 
 
@@ -261,29 +261,40 @@ def save_uneven(folder: Path) -> dict[str, Trained]:
             table = table_of("row_wise", kind, UNEVEN)
             for _ in range(3):
                 train_step(table, torch.arange(UNEVEN.num_rows)[world.rank :])
-            write_tensors(folder / f"{kind}-{world.size}", tensors_of(table))
+            CheckpointManager(folder / f"{kind}-{world.size}", keep=1).save(tensors_of(table), {"step": 3}, -1)
             found[kind] = Trained(torch.empty(0), weights_of(table), state_of(table))
     return found
 
 
-def load_uneven(folder: Path, written_by: int) -> dict[str, Trained]:
+def load_uneven(folder: Path) -> dict[tuple[int, str], Trained]:
     found = {}
     with process_group("cpu", 60):
-        for kind, sharding in product(OPTIMIZERS, ("row_wise", "table_wise")):
+        for kind, sharding, written_by in product(OPTIMIZERS, ("row_wise", "table_wise"), WRITERS):
             table = table_of(sharding, kind, UNEVEN, seed=6)
-            read_tensors(folder / f"{kind}-{written_by}", tensors_of(table))
-            found[f"{kind} {sharding}"] = Trained(torch.empty(0), weights_of(table), state_of(table))
+            CheckpointManager(folder / f"{kind}-{written_by}", keep=1).load(3, tensors_of(table))
+            found[written_by, f"{kind} {sharding}"] = Trained(torch.empty(0), weights_of(table), state_of(table))
     return found
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_weights_state_and_step_move_between_numbers_of_ranks(world_size: int, tmp_path: Path) -> None:
-    saved = run_ranks(world_size, save_uneven, tmp_path)[0]
-    assert saved["adamw"].state["step"] == 3 and saved["adamw"].state["exp_avg_sq"].all()
-    for other in (1, 2, 4):
-        for rank in run_ranks(other, load_uneven, tmp_path, world_size):
-            for case, loaded in rank.items():
-                written = saved[case.split()[0]]
-                assert torch.equal(loaded.after, written.after)
-                assert loaded.state.keys() == written.state.keys()
-                assert all(torch.equal(loaded.state[name], written.state[name]) for name in written.state), case
+WRITERS = (1, 2, 8)
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, dict[str, Trained]]]:
+    """Checkpoints, and what each number of ranks wrote into them."""
+    folder = tmp_path_factory.mktemp("uneven")
+    return folder, {ranks: run_ranks(ranks, save_uneven, folder)[0] for ranks in WRITERS}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+def test_weights_state_and_step_move_between_numbers_of_ranks(world_size: int, uneven: Any) -> None:
+    folder, saved = uneven
+    for rank in run_ranks(world_size, load_uneven, folder):
+        assert len(rank) == len(OPTIMIZERS) * 2 * len(WRITERS)
+        for (written_by, case), loaded in rank.items():
+            written = saved[written_by][case.split()[0]]
+            assert torch.equal(loaded.after, written.after)
+            assert loaded.state.keys() == written.state.keys()
+            assert all(torch.equal(loaded.state[name], written.state[name]) for name in written.state), case
+    adamw = saved[8]["adamw"].state
+    assert adamw["step"] == 3 and adamw["exp_avg_sq"].all()

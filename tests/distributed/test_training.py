@@ -24,6 +24,7 @@ RUNS = {
     "rowwise_adamw": ["embedding=table_wise", "embedding.optimizer.kind=rowwise_adamw"],
     "scale": ["embedding.optimizer.kind=sgd", "embedding.optimizer.learning_rate=1.0", "optimizer.eps=1.0"],
     "reference": ["model.backend=reference"],
+    "cut": ["data.stochastic_length={alpha: 1.2}", "trainer.batching.by=flops"],
 }
 # 60 users in batches of 19: the last batch of an epoch has 3, and so no share for the fourth rank
 STEPS_PER_EPOCH = 4

@@ -86,11 +86,11 @@ class TinyRun:
 
     def wait_for_step(self, step: int, launch: Started) -> None:
         deadline = time.monotonic() + _SECONDS
-        while self._step() < step:
-            assert launch.process.poll() is None and time.monotonic() < deadline, f"step {self._step()}"
+        while self.step() < step:
+            assert launch.process.poll() is None and time.monotonic() < deadline, f"step {self.step()}"
             time.sleep(0.01)
 
-    def _step(self) -> int:
+    def step(self) -> int:
         log = self.folder / "metrics.jsonl"
         lines = log.read_text().splitlines() if log.exists() else []
         # the last line may be half written

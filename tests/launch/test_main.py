@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,10 @@ from hstu_dist.config import compose, load, save
 from hstu_dist.errors import ExitCode
 from hstu_dist.run_folder import RunFolder
 from launch import local
-from launch.__main__ import main
+from launch.__main__ import KINDS, main
 from launch.spec import LaunchSpec
 from launch.torchrun import agent_command
-from tests.launch.runs import Started
+from tests.launch.runs import REPOSITORY, Started
 from tests.tiny import tiny_overrides
 
 
@@ -154,9 +155,60 @@ def test_a_finished_run_is_shown_without_ranks(
     assert ("already finished" in printed and "0.2500" in printed) == finished
 
 
+DOCUMENTED = re.findall(
+    r"^python -m launch ((?!status|logs|cancel).*?)(?: *#.*)?$",
+    (REPOSITORY / "docs" / "launch.md").read_text(),
+    re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize("line", DOCUMENTED)
+def test_documented_commands_say_what_they_would_start(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*shlex.split(line), "dry_run=true"]) == 0
+    assert capsys.readouterr().out
+
+
+def test_the_pages_of_all_kinds_are_there() -> None:
+    page = (REPOSITORY / "docs" / "launch.md").read_text()
+    assert len(DOCUMENTED) >= 6 and all(f"`cluster={kind}`" in page for kind in KINDS)
+
+
+def test_a_stop_file_ends_a_run_with_a_code_of_its_own(
+    overrides: list[str], agents: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(compose(overrides).run_dir)
+    folder.path.mkdir(parents=True)
+    # of an earlier run
+    folder.stop_file.touch()
+    assert main(overrides) == 0
+    monkeypatch.setattr(local, "run", lambda command, environment: folder.stop_file.touch() or 0)
+    assert main(overrides) == ExitCode.STOPPED
+    assert not folder.stop_file.exists()
+
+
+def test_questions_about_a_run(
+    overrides: list[str], agents: list[list[str]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(compose(overrides).run_dir)
+    assert main(["status", str(folder.path)]) == 2
+    assert f"error: {folder.path}: no run was launched here" in capfd.readouterr().err
+    assert main(overrides) == 0
+    assert main(["cancel", str(folder.path)]) == 2
+    with folder.lock():
+        assert main(["status", str(folder.path)]) == 0
+        assert main(["cancel", str(folder.path)]) == 0
+    assert folder.stop_file.exists()
+    assert main(["status", str(folder.path)]) == main(["logs", str(folder.path)]) == 0
+    assert main(["logs"]) == 2
+    printed = capfd.readouterr()
+    expected = ["running", "asked to save a checkpoint and stop", "not running", "no logs in the run folder"]
+    assert [line.split(":")[0] for line in printed.out.splitlines()] == expected
+    assert "logs: got 0 arguments" in printed.err
+
+
 def test_help_names_options_and_groups(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["--help"])
     printed = capsys.readouterr().out
     assert exit_.value.code == 0
-    assert all(word in printed for word in ("dry_run=true", "nproc=N", "experiment  ", "cluster     local"))
+    assert all(word in printed for word in ("dry_run=true", "nproc=N", "experiment  ", "cluster     hosts"))

@@ -58,6 +58,7 @@ def test_a_run_ends_with_a_result_that_evaluation_confirms(tiny_data: Path, tmp_
     # the mean over the run lies between those over its parts; checkpoints count too
     assert 0 < speed["mfu"] <= max(line["speed/mfu"] for line in logged) and len(logged) == 6
     assert 0 < speed["tokens_per_second"] <= max(line["speed/tokens_per_second"] for line in logged)
+    assert all(0 <= line[name] < 1 for line in logged for name in ("speed/imbalance", "speed/imbalance_in_turns"))
     assert speed["train_seconds"] > 0 and speed["evaluation_seconds"] > 0
 
     assert any(f"{result['test']['hr@10']:.4f}" in line for line in said)

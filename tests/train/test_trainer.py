@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from hstu_dist.checkpoint.manager import CheckpointManager
-from hstu_dist.commands.train import stop_signals
+from hstu_dist.commands.train import stop_requests
 from hstu_dist.models.flops import Workload
 from hstu_dist.train.config import CheckpointConfig, EvaluationConfig, LoggingConfig, ProfileConfig
 from hstu_dist.train.hooks import CheckpointHook, EvaluateHook, LogHook, ProfileHook, TrackTestHook
@@ -115,7 +115,7 @@ def test_an_error_in_the_step_is_the_caller_s() -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_become_a_question(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with stop_signals() as stop_requested:
+    with stop_requests(None) as stop_requested:
         assert not stop_requested()
         os.kill(os.getpid(), number)
         assert stop_requested()

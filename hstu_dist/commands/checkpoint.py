@@ -1,0 +1,141 @@
+"""`checkpoint`: looks at checkpoints without starting ranks: what they hold, whether they are whole, their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from math import prod
+from pathlib import Path
+
+from rich.filesize import decimal
+
+from hstu_dist.checkpoint.manifest import check_file, read_manifest, step_of
+from hstu_dist.config import load
+from hstu_dist.errors import UserError
+from hstu_dist.run_folder import RunFolder
+
+_BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
+_TABLE = "table."
+_TOWER = "tower."
+
+
+def inspect(path: Path, say: Callable[[str], None]) -> None:
+    """Prints step, position, writer and all tensors of a checkpoint; reads its manifest only.
+
+    Args:
+        path: a checkpoint, or a run, of which the newest one is meant.
+        say: prints a line for the user.
+
+    Raises:
+        UserError: there is none, or its manifest is damaged.
+    """
+    folder = find(path)[-1]
+    manifest = read_manifest(folder)
+    state = manifest.state
+    position = ", ".join(f"{name} {state[name]}" for name in ("step", "epoch", "batch") if name in state)
+    size = sum(file.bytes for file in manifest.files.values())
+    say(f"checkpoint {folder}: {position}")
+    say(f"written by {manifest.world_size} ranks in {len(manifest.files)} files, {decimal(size)}")
+    rows = [("tensor", "dtype", "shape", "parts", "bytes")]
+    for name, record in sorted(manifest.tensors.items()):
+        count = prod(record.shape) * _BITS[record.dtype] // 8
+        shape = " x ".join(map(str, record.shape)) or "scalar"
+        rows.append((name, record.dtype, shape, str(len(record.chunks)), f"{count:,}"))
+    for line in _columns(rows):
+        say(line)
+
+
+def verify(path: Path, say: Callable[[str], None]) -> None:
+    """Reads every file of a checkpoint, or of all checkpoints of a run, and compares it with its checksum.
+
+    Raises:
+        UserError: there is none, or one is damaged; the first damage of each is named.
+    """
+    damaged = []
+    for folder in find(path):
+        try:
+            manifest = read_manifest(folder)
+            for name, record in sorted(manifest.files.items()):
+                check_file(folder, name, record)
+        except UserError as error:
+            damaged.append(error)
+            say(error.problem)
+            continue
+        size = sum(file.bytes for file in manifest.files.values())
+        say(f"checkpoint {folder}: whole, {len(manifest.files)} files, {decimal(size)}")
+    if damaged:
+        raise UserError(f"{len(damaged)} checkpoints are damaged, the first: {damaged[0].problem}", damaged[0].remedy)
+
+
+def export(path: Path, output: Path, say: Callable[[str], None]) -> None:
+    """Writes table and tower of a checkpoint as one safetensors file; all of it passes through memory.
+
+    `item_table.weight` has a row for each item, in the order of the prepared data's items; the tower's tensors keep
+    their names, after `tower.`. State of optimizers stays behind.
+
+    Args:
+        path: a checkpoint, or a run, of which the newest one is meant.
+        output: the new file.
+        say: prints a line for the user.
+
+    Raises:
+        UserError: the checkpoint is missing or damaged, its run is not around it, or the output cannot be written.
+    """
+    # torch takes seconds to import
+    from hstu_dist.checkpoint.safetensors_file import write_safetensors
+    from hstu_dist.checkpoint.storage import read_whole
+
+    folder = find(path)[-1]
+    manifest = read_manifest(folder)
+    for name, file in manifest.files.items():
+        check_file(folder, name, file)
+    width = _model_width(folder)
+    weights = {}
+    for name, record in manifest.tensors.items():
+        if name.startswith(_TABLE):
+            # stored rows are padded to a width that the kernels like
+            weights["item_table.weight"] = read_whole(folder, record)[:, :width]
+        elif name.startswith(_TOWER):
+            weights[name] = read_whole(folder, record)
+    try:
+        written = write_safetensors(output, weights)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror})", "give the name of a new file") from error
+    say(f"{output}: {len(weights)} tensors, {decimal(written.record.bytes)}, of {folder}")
+
+
+def find(path: Path) -> list[Path]:
+    """Checkpoints at a path, oldest first: one checkpoint's folder, a run's, or the folder of a run's checkpoints.
+
+    Raises:
+        UserError: there is none.
+    """
+    if step_of(path.resolve()) is not None and path.is_dir():
+        return [path]
+    for folder in (RunFolder(path).checkpoints, path):
+        found = _steps(folder.iterdir()) if folder.is_dir() else []
+        if found:
+            return found
+    raise UserError(f"{path}: got no checkpoint", "give the folder of a run, or one of its checkpoints/step-NNNNNNNN")
+
+
+def _steps(entries: Iterable[Path]) -> list[Path]:
+    numbered = [(step, entry) for entry in entries if (step := step_of(entry)) is not None]
+    return [entry for _, entry in sorted(numbered)]
+
+
+def _model_width(folder: Path) -> int:
+    run = RunFolder(folder.resolve().parent.parent)
+    if not run.config_file.exists():
+        raise UserError(
+            f"checkpoint {folder}: its run's {run.config_file.name} is not where it belongs, {run.config_file}",
+            "export it from within its run",
+        )
+    return load(run.config_file).model.width
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> Iterable[str]:
+    """Left-aligned columns; the last one, a number, to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        left = "  ".join(cell.ljust(width) for cell, width in zip(row[:-1], widths[:-1], strict=True))
+        yield f"{left}  {row[-1]:>{widths[-1]}}"

@@ -1,0 +1,76 @@
+"""Job: what a step of a run needs, as numbers of sequences, tokens and ids a rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hstu_dist.distributed.config import EmbeddingConfig, stored_width
+from hstu_dist.losses.config import FullSoftmaxConfig, SampledSoftmaxConfig
+from hstu_dist.models.config import HSTUConfig, TransformerConfig
+from hstu_dist.models.flops import FlopCount, Workload, count_flops
+
+DRAWS_OF_EVERYTHING = 8
+"""As in `train.step`: from so many draws per item on, a step looks up the whole table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run as a plan sees it.
+
+    Attributes:
+        model, loss, embedding: settings of the run.
+        num_items: rows of the item table.
+        global_batch_size: sequences of a step, over all ranks.
+        mean_length: tokens of every sequence.
+    """
+
+    model: HSTUConfig | TransformerConfig
+    loss: SampledSoftmaxConfig | FullSoftmaxConfig
+    embedding: EmbeddingConfig
+    num_items: int
+    global_batch_size: int
+    mean_length: int
+
+    @property
+    def negatives(self) -> int:
+        """Negatives of a position; 0 where all items are scored."""
+        return self.loss.num_negatives if isinstance(self.loss, SampledSoftmaxConfig) else 0
+
+    @property
+    def stored_width(self) -> int:
+        """Elements of a table row, padding included."""
+        return stored_width(self.model.width)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step, over all ranks."""
+        return self.global_batch_size * self.mean_length
+
+    def sequences_of(self, ranks: int) -> int:
+        """Sequences of the fullest rank."""
+        return -(-self.global_batch_size // ranks)
+
+    def tokens_of(self, ranks: int) -> int:
+        """Tokens of the fullest rank."""
+        return self.sequences_of(ranks) * self.mean_length
+
+    def ids_of(self, ranks: int) -> int:
+        """Most distinct ids that a rank can look up: as if no item, target or negative came twice.
+
+        How many do come twice depends on the data; with billions of rows, negatives hardly ever do.
+        """
+        everything = not self.negatives or self.tokens * self.negatives >= DRAWS_OF_EVERYTHING * self.num_items
+        if everything:
+            return self.num_items
+        return min(self.num_items, self.tokens_of(ranks) * (2 + self.negatives))
+
+    def all_pairs_flops(self, ranks: int) -> int:
+        """Training FLOPs of scores between every position and every row that the fullest rank looks up."""
+        return 3 * 2 * self.tokens_of(ranks) * self.ids_of(ranks) * self.model.width
+
+    def flops(self, sequences: int) -> FlopCount:
+        """FLOPs of a forward pass over so many sequences."""
+        tokens = sequences * self.mean_length
+        pairs = sequences * (self.mean_length * (self.mean_length + 1) // 2)
+        work = Workload(tokens=tokens, attention_pairs=pairs)
+        return count_flops(self.model, work, self.loss.scores_per_token(self.num_items))

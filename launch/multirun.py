@@ -1,0 +1,207 @@
+"""A run for every combination of settings: finished ones are skipped, a failed one does not stop the others."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from hstu_dist.config import RunConfig, compose, sweep
+from hstu_dist.console import say
+from hstu_dist.errors import ExitCode, UserError
+from hstu_dist.run_folder import RunFolder
+from launch.local import stop_signals
+from launch.run_files import read_job
+
+_POLL_SECONDS = 0.2
+_NAMING = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+
+
+@dataclass
+class Cell:
+    """One combination.
+
+    Attributes:
+        overrides: all of it, its own name included.
+        swept: the settings that differ between the cells, key → value.
+        base: name of the run without its settings.
+        config: the run.
+        process: its launch, once started.
+    """
+
+    overrides: list[str]
+    swept: dict[str, str]
+    base: str
+    config: RunConfig
+    process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+
+    @property
+    def folder(self) -> RunFolder:
+        """Of its run."""
+        return RunFolder(self.config.run_dir)
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What the run wrote, if it has nothing left to train."""
+        return self.folder.finished(self.config.trainer.last_epoch)
+
+    @property
+    def state(self) -> str:
+        """A word for the table."""
+        if self.result is not None:
+            return "finished"
+        code = None if self.process is None else self.process.poll()
+        if self.process is None or code is None:
+            return "waiting" if self.process is None else "running"
+        if code == ExitCode.FINISHED and read_job(self.folder) is not None:
+            return "submitted"
+        stopped = code == ExitCode.STOPPED or code > 128
+        return "stopped" if stopped else f"failed ({code})"
+
+    @property
+    def printed(self) -> Path:
+        """File with what its launch printed."""
+        return self.config.run_dir.with_name(f"{self.config.name}.log")
+
+
+def run(overrides: Sequence[str], jobs: int, preview: Callable[[RunConfig], str] | None) -> int:
+    """Launches every cell that has not finished, shows a table and writes all results to one Parquet file.
+
+    Args:
+        overrides: with several values for some keys, in Hydra's syntax.
+        jobs: launches at the same time.
+        preview: instead of launching, print what this says of every cell.
+
+    Returns:
+        0: all cells finished or were handed to a scheduler; 1: some did not; 128 + signal: stopped by it.
+    """
+    if jobs < 1:
+        raise UserError(f"--jobs: got {jobs}, expected at least 1", "give the number of runs at the same time")
+    cells = plan(overrides)
+    if preview is not None:
+        for cell in cells:
+            say(f"# {cell.config.name}\n{preview(cell.config)}")
+        return ExitCode.FINISHED
+    signal = _work_off(cells, jobs)
+    say(table(cells))
+    file = write_results(cells)
+    say(f"results: {file}")
+    for cell in cells:
+        if cell.state.startswith("failed"):
+            say(f"{cell.config.name} failed, see {cell.printed}; alone: python -m launch {' '.join(cell.overrides)}")
+    if signal is not None:
+        return 128 + signal
+    return ExitCode.FINISHED if all(c.state in ("finished", "submitted") for c in cells) else ExitCode.FAILED
+
+
+def plan(overrides: Sequence[str]) -> list[Cell]:
+    """All cells, checked; each has a run folder named after its settings.
+
+    Raises:
+        UserError: a cell's settings are refused, or two would share a folder.
+    """
+    combinations = sweep(overrides)
+    several = {key for key in combinations[0] if len({c[key] for c in combinations}) > 1}
+    cells = []
+    for values in combinations:
+        swept = {key: value for key, value in values.items() if key in several}
+        words = [f"{key}={value}" for key, value in values.items()]
+        # an experiment or a name tells runs apart by itself
+        base = compose(words).name
+        name = base + _suffix({k: v for k, v in swept.items() if k not in ("name", "experiment")})
+        words = [*(word for word in words if not word.startswith("name=")), f"name={name}"]
+        cells.append(Cell(words, swept, base, compose(words)))
+    names = [cell.config.name for cell in cells]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"two cells are both named {twice}", "give settings whose values differ in letters or digits")
+    return cells
+
+
+def _suffix(swept: Mapping[str, str]) -> str:
+    """`_width-64_seed-1`; whole keys where their last parts are the same."""
+    short = [key.rpartition(".")[2] for key in swept]
+    keys = short if len(set(short)) == len(short) else list(swept)
+    text = "".join(f"_{key}-{value}" for key, value in zip(keys, swept.values(), strict=True))
+    return "".join(letter if letter in _NAMING else "-" for letter in text)
+
+
+def _work_off(cells: Sequence[Cell], jobs: int) -> int | None:
+    """Launches the cells in order, so many at a time; the signal that stopped it, if one did."""
+    with stop_signals() as received:
+        for cell in cells:
+            if cell.result is not None:
+                continue
+            while not received and sum(c.state == "running" for c in cells) >= jobs:
+                time.sleep(_POLL_SECONDS)
+            if received:
+                break
+            say(f"{cell.config.name}: started, see {cell.printed}")
+            _start(cell)
+        running = [cell.process for cell in cells if cell.process is not None]
+        stopped = False
+        while any(process.poll() is None for process in running):
+            if received and not stopped:
+                stopped = True
+                for process in running:
+                    process.terminate()
+            time.sleep(_POLL_SECONDS)
+    return received[0] if received else None
+
+
+def _start(cell: Cell) -> None:
+    cell.printed.parent.mkdir(parents=True, exist_ok=True)
+    with cell.printed.open("wb") as printed:
+        cell.process = subprocess.Popen(
+            [sys.executable, "-m", "launch", *cell.overrides],
+            stdin=subprocess.DEVNULL,
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            # Ctrl-C reaches the cells through us only
+            start_new_session=True,
+        )
+
+
+def table(cells: Sequence[Cell]) -> str:
+    """One row a cell: its settings, state and monitored test metric."""
+    keys = list(cells[0].swept)
+    metric = cells[0].config.trainer.evaluation.monitor
+    shown = Table()
+    for column in ("run", *keys, "state", f"test {metric}"):
+        # names of runs are for copying
+        shown.add_column(column, overflow="fold", no_wrap=column == "run")
+    for cell in cells:
+        result = cell.result
+        value = f"{result['test'][metric]:.4f}" if result and metric in result["test"] else ""
+        shown.add_row(cell.config.name, *(cell.swept[key] for key in keys), cell.state, value)
+    text = io.StringIO()
+    Console(file=text, width=160).print(shown)
+    return text.getvalue().rstrip()
+
+
+def write_results(cells: Sequence[Cell]) -> Path:
+    """One row a cell: run, state, the swept settings, epochs and every test metric; null where there is none yet."""
+    rows = []
+    for cell in cells:
+        result = cell.result or {}
+        row: dict[str, Any] = {"run": cell.config.name, "state": cell.state, **cell.swept}
+        row |= {name: result.get(name) for name in ("epochs", "best_epoch")}
+        row |= {f"test/{metric}": value for metric, value in result.get("test", {}).items()}
+        rows.append(row)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    # the same file for the same command
+    keys = "-".join(key.rpartition(".")[2] for key in cells[0].swept)
+    path = Path(cells[0].config.output) / f"{cells[0].base}_by_{keys}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in columns}), path)
+    return path

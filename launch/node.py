@@ -1,0 +1,217 @@
+"""What a cluster starts on each machine of a run: checks the way to the others, then becomes the agent."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from hstu_dist.config import RunConfig, load
+from hstu_dist.console import report
+from hstu_dist.errors import ExitCode, UserError
+from launch.spec import LaunchSpec, Meeting
+from launch.torchrun import agent_command, agent_environment
+
+_RETRY_SECONDS = 1.0
+_CONNECT_SECONDS = 5.0
+_ONE_MACHINE = ("localhost", "127.0.0.1")
+"""Meeting points with which somebody plays several machines on one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeArguments:
+    """What a machine must be told; the rest is in the settings.
+
+    Attributes:
+        config_file: resolved settings, on a file system that all machines see.
+        endpoint: `host:port` where the agents meet, on the first machine.
+        run_id: the same on all machines.
+        node: number of the machine, or the environment variable that holds it.
+        logs: folder for the output of all ranks.
+    """
+
+    config_file: Path
+    endpoint: str
+    run_id: str
+    node: str
+    logs: Path
+
+    def words(self, python: Sequence[str]) -> list[str]:
+        """The command that starts `main` with these arguments."""
+        return [
+            *(*python, "-m", "launch.node"),
+            *("--config", str(self.config_file)),
+            *("--endpoint", self.endpoint),
+            *("--run-id", self.run_id),
+            *("--node", self.node),
+            *("--logs", str(self.logs)),
+        ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Becomes the agent of this machine; returns only if that cannot be."""
+    try:
+        command, environment = prepare(_parse(arguments), os.environ)
+    except UserError as error:
+        report(error)
+        return ExitCode.BAD_INPUT
+    # not a child: signals of the cluster reach the agent itself
+    os.execvpe(command[0], command, {**os.environ, **environment})
+
+
+def prepare(arguments: NodeArguments, variables: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+    """The agent's command and environment on this machine.
+
+    Args:
+        arguments: as given on the command line.
+        variables: the environment.
+
+    Raises:
+        UserError: the settings cannot be seen here, the port is taken, or the first machine cannot be reached.
+    """
+    if not arguments.config_file.exists():
+        raise UserError(
+            f"{socket.gethostname()}: {arguments.config_file} is not there",
+            "set output=FOLDER to a folder that all machines see under the same path",
+        )
+    config = load(arguments.config_file)
+    node = _number(arguments.node, variables, config.cluster.nodes)
+    meeting = _meeting(config, arguments, node) if config.cluster.nodes > 1 else None
+    spec = LaunchSpec.of(config, arguments.config_file, meeting, arguments.logs / f"node{node}")
+    return agent_command(spec), agent_environment(spec)
+
+
+def _number(node: str, variables: Mapping[str, str], nodes: int) -> int:
+    value = variables.get(node, node)
+    if not value.isdecimal() or int(value) >= nodes:
+        raise UserError(f"--node: got {value}, expected a number below {nodes}", "start one per machine")
+    return int(value)
+
+
+def _meeting(config: RunConfig, arguments: NodeArguments, node: int) -> Meeting:
+    cluster = config.cluster
+    assert cluster.kind != "local"
+    host, _, port = arguments.endpoint.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"--endpoint: got {arguments.endpoint!r}, expected HOST:PORT", "name the first machine")
+    if node == 0:
+        check_port_is_free(int(port))
+    else:
+        wait_for_host(host, int(port), cluster.join_seconds)
+    address, interface = own_address(host, int(port), cluster.interface)
+    return Meeting(
+        endpoint=arguments.endpoint,
+        run_id=arguments.run_id,
+        nodes=cluster.nodes,
+        node=node,
+        address=address,
+        interface=interface,
+        join_seconds=cluster.join_seconds,
+    )
+
+
+def check_port_is_free(port: int) -> None:
+    """Whether this machine can listen on a port.
+
+    Raises:
+        UserError: another process does.
+    """
+    with socket.socket() as probe:
+        # as the server will: connections of an earlier run that linger are no obstacle
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
+            raise UserError(f"{socket.gethostname()}: port {port} {why}", "set cluster.port to a free one") from error
+
+
+def wait_for_host(host: str, port: int, seconds: float) -> None:
+    """Returns once a machine answers; refusing a port is an answer, its agent may still be starting.
+
+    Raises:
+        UserError: no answer in the given time.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=min(_CONNECT_SECONDS, seconds)).close()
+            return
+        except ConnectionRefusedError:
+            return
+        except OSError as error:
+            if time.monotonic() + _RETRY_SECONDS > deadline:
+                raise UserError(
+                    f"{socket.gethostname()}: {host} cannot be reached for {seconds:g} s ({error.strerror or error})",
+                    "check its name, the network and firewalls, or set cluster.interface",
+                ) from error
+        time.sleep(_RETRY_SECONDS)
+
+
+def own_address(host: str, port: int, interface: str | None) -> tuple[str, str]:
+    """Address and network interface by which other machines reach this one.
+
+    Args:
+        host: the first machine, possibly this one.
+        port: any; nothing is sent.
+        interface: the one to use; None: the one that leads to `host`.
+
+    Raises:
+        UserError: there is no such interface, or it has no IPv4 address.
+    """
+    addresses = {name: [a.address for a in known] for name, known in psutil.net_if_addrs().items()}
+    if interface is not None:
+        ipv4 = [a.address for a in psutil.net_if_addrs().get(interface, []) if a.family == socket.AF_INET]
+        if not ipv4:
+            raise UserError(
+                f"{socket.gethostname()}: cluster.interface: got {interface}, expected one with an IPv4 address",
+                f"choose among {', '.join(sorted(addresses))}",
+            )
+        return ipv4[0], interface
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0][0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, port))
+            address = str(probe.getsockname()[0])
+    except OSError as error:
+        raise UserError(
+            f"{socket.gethostname()}: no way to {host} ({error.strerror or error})",
+            "check its name and the network, or set cluster.interface",
+        ) from error
+    names = [name for name, known in addresses.items() if address in known]
+    # Debian's hosts file gives a machine's own name to 127.0.1.1, where nobody else finds it
+    if not names or (address.startswith("127.") and host not in _ONE_MACHINE):
+        raise UserError(
+            f"{socket.gethostname()}: {host} leads to {address}, which other machines cannot reach",
+            f"set cluster.interface to one of {', '.join(sorted(addresses))}",
+        )
+    return address, names[0]
+
+
+def _parse(arguments: Sequence[str] | None) -> NodeArguments:
+    parser = argparse.ArgumentParser(prog="python -m launch.node", description="The agent of one machine of a run.")
+    parser.add_argument("--config", type=Path, required=True, help="resolved settings")
+    parser.add_argument("--endpoint", required=True, help="HOST:PORT on the first machine")
+    parser.add_argument("--run-id", required=True, help="the same on all machines")
+    parser.add_argument("--node", required=True, help="number of this machine, or the variable that holds it")
+    parser.add_argument("--logs", type=Path, required=True, help="folder for the output of the ranks")
+    options = parser.parse_args(arguments)
+    return NodeArguments(
+        config_file=options.config,
+        endpoint=options.endpoint,
+        run_id=options.run_id,
+        node=options.node,
+        logs=options.logs,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""What launching leaves in the run folder: resolved settings, the job that a scheduler gave, a request to stop."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from hstu_dist.commands.result_table import finished_report
+from hstu_dist.config import RunConfig, load, save
+from hstu_dist.errors import UserError
+from hstu_dist.files import write_atomically
+from hstu_dist.preflight import preflight
+from hstu_dist.run_folder import RunFolder
+
+_JOB_FILE = "job.json"
+
+
+def checked_folder(config: RunConfig) -> RunFolder:
+    """The run's folder, after everything that can be checked here, with its resolved settings in it.
+
+    Raises:
+        UserError: one line that says what does not fit and how to mend it.
+    """
+    preflight(config, config.world_size)
+    folder = RunFolder(config.run_dir)
+    # left by a run that ended while it was asked to stop
+    folder.stop_file.unlink(missing_ok=True)
+    save(config, folder.launch_file)
+    return folder
+
+
+def finished_text(config: RunConfig) -> str | None:
+    """What a run that has nothing left to train shows; None for any other."""
+    result = RunFolder(config.run_dir).finished(config.trainer.last_epoch)
+    return None if result is None else finished_report(config, result)
+
+
+def write_job(folder: RunFolder, job: str) -> None:
+    """Remembers the scheduler's name of the run's last job."""
+    write_atomically(folder.path / _JOB_FILE, json.dumps({"job": job}).encode())
+
+
+def read_job(folder: RunFolder) -> str | None:
+    """What `write_job` wrote last; None if nothing was ever submitted."""
+    file = folder.path / _JOB_FILE
+    return str(json.loads(file.read_text())["job"]) if file.exists() else None
+
+
+def launched(path: Path) -> RunConfig:
+    """Settings of the run that was last launched in a folder.
+
+    Raises:
+        UserError: none was.
+    """
+    file = RunFolder(path).launch_file
+    if not file.exists():
+        raise UserError(f"{path}: no run was launched here", "give the folder of a run, such as runs/ml1m")
+    return load(file)
+
+
+def find_program(name: str) -> None:
+    """Whether this machine has a program.
+
+    Raises:
+        UserError: it does not.
+    """
+    if shutil.which(name) is None:
+        raise UserError(f"{name}: no such program here", "launch from a machine of the cluster, or give dry_run=true")
+
+
+def call(command: Sequence[str], text: str | None = None) -> str:
+    """Output of a scheduler's client program.
+
+    Args:
+        command: program and arguments.
+        text: its standard input.
+
+    Raises:
+        UserError: it is not installed here, or it failed; its own first line says why.
+    """
+    find_program(command[0])
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()
+        why = lines[0].removeprefix(f"{command[0]}: ")
+        raise UserError(f"{command[0]}: {why}", "correct the cluster.* settings, or ask the cluster's manual")
+    return done.stdout

@@ -1,0 +1,101 @@
+"""A machine of a run becomes an agent that finds the others, or says in one line why not."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from torch.distributed.run import parse_args
+
+from hstu_dist.config import compose, save
+from hstu_dist.errors import UserError
+from launch.node import NodeArguments, _parse, check_port_is_free, main, own_address, prepare, wait_for_host
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> NodeArguments:
+    """Of a run with two machines of three ranks each."""
+    file = tmp_path / "launch.yaml"
+    settings = ["nproc=3", "trainer.threads=2", "cluster.max_restarts=4", "cluster.join_seconds=90"]
+    save(compose(["name=x", "cluster=slurm", "cluster.nodes=2", *settings]), file)
+    logs = tmp_path / "my logs"
+    return NodeArguments(config_file=file, endpoint="127.0.0.1:29411", run_id="7-0", node="PLACE", logs=logs)
+
+
+def test_arguments_survive_the_command_line(arguments: NodeArguments) -> None:
+    words = arguments.words(["apptainer", "exec", "image", "python"])
+    assert words[:6] == ["apptainer", "exec", "image", "python", "-m", "launch.node"]
+    assert _parse(words[6:]) == arguments
+
+
+@pytest.mark.parametrize(("place", "is_host"), [("0", True), ("1", False)])
+def test_torchrun_reads_the_arguments(arguments: NodeArguments, place: str, is_host: bool) -> None:
+    command, environment = prepare(arguments, {"PLACE": place})
+    assert command[:3] == [sys.executable, "-m", "hstu_dist.distributed.agent"]
+    read = parse_args(command[3:])
+    assert (read.nnodes, read.nproc_per_node, read.max_restarts) == ("2", "3", 4)
+    assert (read.rdzv_id, read.rdzv_endpoint, read.local_addr) == ("7-0", "127.0.0.1:29411", "127.0.0.1")
+    assert f"is_host={str(is_host).lower()}," in read.rdzv_conf and "join_timeout=90" in read.rdzv_conf
+    assert read.log_dir == str(arguments.logs / f"node{place}") and read.tee == "3"
+    assert read.training_script_args == ["train", "--config", str(arguments.config_file)]
+    loopback = environment["GLOO_SOCKET_IFNAME"]
+    assert "127.0.0.1" in [a.address for a in psutil.net_if_addrs()[loopback]]
+    assert environment["NCCL_SOCKET_IFNAME"] == loopback and environment["OMP_NUM_THREADS"] == "2"
+
+
+def test_a_machine_alone_meets_nobody(arguments: NodeArguments) -> None:
+    save(compose(["name=x", "cluster=kubernetes"]), arguments.config_file)
+    command, environment = prepare(replace(arguments, endpoint="nowhere.invalid:1"), {"PLACE": "0"})
+    assert "--rdzv-endpoint=localhost:0" in command and "GLOO_SOCKET_IFNAME" not in environment
+
+
+@pytest.mark.parametrize("node", ["2", "-1", "first", "UNSET"])
+def test_a_number_that_no_machine_has(arguments: NodeArguments, node: str) -> None:
+    with pytest.raises(UserError, match=r"--node: got .*, expected a number below 2"):
+        prepare(replace(arguments, node=node), {})
+
+
+def test_settings_that_cannot_be_seen(arguments: NodeArguments, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments.config_file.unlink()
+    assert main(arguments.words([])[2:]) == 2
+    error, mend = capsys.readouterr().err.splitlines()
+    assert error == f"error: {socket.gethostname()}: {arguments.config_file} is not there"
+    assert mend.startswith("  mend: set output=FOLDER")
+
+
+def test_a_port_in_use() -> None:
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} is in use"):
+            check_port_is_free(port)
+    check_port_is_free(port)
+
+
+def test_a_refused_port_is_an_answer() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    started = time.monotonic()
+    wait_for_host("127.0.0.1", port, seconds=30)
+    assert time.monotonic() - started < 5
+
+
+def test_a_name_that_does_not_exist() -> None:
+    with pytest.raises(UserError, match=r"nowhere\.invalid cannot be reached for 0\.5 s"):
+        wait_for_host("nowhere.invalid", 29400, seconds=0.5)
+    with pytest.raises(UserError, match=r"no way to nowhere\.invalid"):
+        own_address("nowhere.invalid", 29400, None)
+
+
+def test_the_interface_can_be_chosen() -> None:
+    loopback = own_address("127.0.0.1", 29400, None)[1]
+    assert own_address("nowhere.invalid", 29400, loopback) == ("127.0.0.1", loopback)
+    with pytest.raises(UserError, match=f"got eth77, expected one with an IPv4 address.*{loopback}"):
+        own_address("127.0.0.1", 29400, "eth77")
+    # Debian gives a machine's own name to it
+    with pytest.raises(UserError, match=r"127\.0\.1\.1 leads to 127\.0\.0\.1, which other machines cannot reach"):
+        own_address("127.0.1.1", 29400, None)

@@ -1,0 +1,91 @@
+"""Memory of a rank: by hand, and against real ranks and towers."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.plan_ranks import held, job_of
+from hstu_dist.losses.config import FullSoftmaxConfig
+from hstu_dist.models.activations import activation_bytes
+from hstu_dist.plan.config import PlanConfig
+from hstu_dist.plan.job import DRAWS_OF_EVERYTHING
+from hstu_dist.plan.memory import host_bytes, memory_of, shortages
+from hstu_dist.train import step
+from tests.distributed.ranks import run_ranks
+from tests.plan.cases import hardware, job
+
+# 8 ranks: 1,000,003 rows, rounded up
+ROWS = 125_001
+# positions 10 x 50, two blocks of 5 x 50 x 50 weights and 50 biases
+DENSE = 500 + 2 * (5 * 2500 + 50)
+
+
+@pytest.mark.parametrize(("kind", "state"), [("sgd", 0), ("rowwise_adagrad", 1), ("adamw", 104), ("rowwise_adamw", 53)])
+def test_table_and_its_optimizer_by_hand(kind: str, state: int) -> None:
+    memory = memory_of(job(kind), 8)
+    assert memory.table == ROWS * 52 * 4
+    assert memory.table_optimizer == ROWS * state * 4
+    whole = memory_of(job(kind, "table_wise"), 8)
+    assert (whole.table, whole.table_optimizer) == (1_000_003 * 52 * 4, 1_000_003 * state * 4)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "rowwise_adagrad", "adamw", "rowwise_adamw"])
+@pytest.mark.parametrize("ranks", [1, 3, 8])
+def test_the_table_is_what_preflight_counts(kind: str, ranks: int) -> None:
+    planned = job(kind)
+    memory = memory_of(planned, ranks)
+    assert memory.table + memory.table_optimizer == planned.embedding.bytes_per_rank(1_000_003, 50, ranks)
+
+
+def test_the_other_parts_by_hand() -> None:
+    memory = memory_of(job(), 8)
+    assert (memory.dense, memory.gradients, memory.dense_optimizer) == (DENSE * 4, DENSE * 4, DENSE * 8)
+    # 2 sequences of 10 tokens; each has an item, a target and three negatives
+    assert memory.activations == activation_bytes(job().model, 20)
+    ids = 20 * 5
+    assert memory.lookups == ids * (8 + 4 * (52 + 50 + 50)) + 20 * 3 * 50 * 4 + 20 * 3 * 2 * 8
+    assert memory.communication == 2 * ids * (8 + 4 * 52)
+    # rank 0 answers all eight
+    assert memory_of(job(sharding="table_wise"), 8).communication == 9 * ids * (8 + 4 * 52)
+    assert memory_of(job(), 1).communication == 0
+    assert memory.total == memory.resident + memory.gradients + memory.activations + memory.lookups + (
+        memory.communication + memory.workspace
+    )
+
+
+def test_a_step_looks_up_everything_where_the_trainer_would() -> None:
+    assert DRAWS_OF_EVERYTHING == step._DRAWS_OF_EVERYTHING
+    # 160 tokens x 3 negatives in a step
+    assert job(num_items=60).ids_of(8) == 60
+    assert job(num_items=61).ids_of(8) == 61
+    assert job(num_items=1000).ids_of(8) == 100
+    assert job(loss=FullSoftmaxConfig()).ids_of(8) == 1_000_003
+
+
+def test_host_memory_holds_a_copy_of_what_a_checkpoint_saves() -> None:
+    memory = memory_of(job(), 8)
+    assert host_bytes(job(), hardware()) == 4 * memory.resident
+    whole = memory_of(job(sharding="table_wise"), 8)
+    tower = whole.dense + whole.dense_optimizer
+    assert host_bytes(job(sharding="table_wise"), hardware()) == whole.resident + 3 * tower
+
+
+def test_what_does_not_fit_is_named() -> None:
+    plan = PlanConfig()
+    assert shortages(job(), hardware(), plan) == []
+    assert "GB on a rank, 0.9 GB usable" in shortages(job(num_items=10**9), hardware(), plan)[0]
+    assert "for a checkpoint" in shortages(job(), hardware(host_memory_gb=0.05), plan)[0]
+    assert shortages(job(num_items=7), hardware(), plan) == ["7 rows on 8 ranks"]
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "kind"), [(1, "rowwise_adagrad"), (2, "adamw"), (4, "rowwise_adamw")])
+def test_resident_bytes_are_those_of_real_ranks(ranks: int, kind: str) -> None:
+    planned = job_of(kind, 100_001, ranks)
+    memory = memory_of(planned, ranks)
+    expected = memory.resident + memory.gradients
+    measured = run_ranks(ranks, held, kind, 100_001)
+    # the last ranks may have a row less
+    assert max(rank.tensors for rank in measured) == expected
+    assert max(rank.process for rank in measured) == pytest.approx(expected, rel=0.05)

@@ -1,0 +1,69 @@
+"""Each kind of cluster refuses what it cannot do, in one line that names the setting."""
+
+from __future__ import annotations
+
+import pytest
+
+from hstu_dist.cluster import HostsConfig, SlurmConfig
+from hstu_dist.config import compose
+from hstu_dist.errors import UserError
+from hstu_dist.preflight import check_plan
+
+
+@pytest.mark.parametrize(
+    ("cluster", "override", "expected"),
+    [
+        ("local", "cluster.nodes=2", "cluster.nodes: no such key"),
+        ("hosts", "cluster.nodes=2", "cluster.nodes: no such key"),
+        ("hosts", "cluster.addresses=[a,b,a]", "cluster: addresses: got a, b, a, expected each host once"),
+        ("hosts", "cluster.addresses=['a;b']", "cluster: addresses: got 'a;b', expected host names or IPv4 addresses"),
+        ("hosts", "cluster.start=rsh", "cluster.start: "),
+        ("hosts", "cluster.ssh=[]", "cluster: ssh: got no words"),
+        ("hosts", "cluster.port=80", "cluster.port: "),
+        ("slurm", "cluster.nodes=0", "cluster.nodes: "),
+        ("slurm", "cluster.time_limit=soon", "cluster: time_limit: got 'soon', expected minutes or"),
+        ("slurm", "cluster.sbatch=[exclusive]", "cluster: sbatch: got 'exclusive', expected options such as"),
+        ("slurm", "cluster.srun=[mpi]", "cluster: srun: got 'mpi', expected options such as"),
+        ("slurm", "cluster.stop_seconds=0", "cluster.stop_seconds: "),
+        ("kubernetes", "cluster.namespace=My_Team", "cluster.namespace: "),
+        ("kubernetes", "cluster.image=a b", "cluster.image: "),
+        ("kubernetes", "cluster.folder=work", "cluster.folder: "),
+        ("kubernetes", "cluster.pod_failures=-1", "cluster.pod_failures: "),
+    ],
+)
+def test_bad_settings(cluster: str, override: str, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        compose(["name=x", f"cluster={cluster}", override])
+    assert caught.value.problem.startswith(f"configuration: {expected}"), caught.value.problem
+
+
+@pytest.mark.parametrize("limit", ["90", "2:00:00", "1-12", "1-12:30:00"])
+def test_time_limits_as_slurm_writes_them(limit: str) -> None:
+    config = compose(["name=x", "cluster=slurm", f"cluster.time_limit={limit}"])
+    assert isinstance(config.cluster, SlurmConfig)
+    assert str(config.cluster.time_limit) == limit
+
+
+def test_ranks_of_all_machines() -> None:
+    assert compose(["name=x", "nproc=3"]).world_size == 3
+    assert compose(["name=x", "nproc=3", "cluster=slurm", "cluster.nodes=4"]).world_size == 12
+    hosts = compose(["name=x", "nproc=3", "cluster=hosts", "cluster.addresses=[a,b]"])
+    assert hosts.world_size == 6 and hosts.cluster == HostsConfig(addresses=("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("memory", "refused"),
+    [(None, False), ("cluster.memory_gib=1", True), ("cluster.memory_per_rank_gib=0.25", True)],
+)
+def test_memory_of_a_node_is_known_only_if_it_was_asked_for(
+    memory: str | None, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    overrides = ["name=x", "cluster=slurm", "cluster.nodes=2", "nproc=4", *([memory] if memory else [])]
+    config = compose(overrides)
+    # 10 million rows of 52 numbers and an accumulator: 0.25 GiB on each of 8 ranks
+    if not refused:
+        check_plan(config, num_items=10_000_000, world_size=8)
+        return
+    with pytest.raises(UserError, match=r"item table: .* 8 ranks, row_wise\), 0.25 GiB available"):
+        check_plan(config, num_items=11_000_000, world_size=8)
