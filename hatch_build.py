@@ -1,7 +1,7 @@
-"""Compiles the native attention kernels when hstu_dist is installed, where the machine has a C++ compiler.
+"""Compiles the native CPU kernels when hstu_dist is installed, where the machine has a C++ compiler.
 
-The library is optional: without a compiler, or if it fails, one line says so and the installation goes on; attention
-then runs on PyTorch alone. $CXX names the compiler; otherwise c++, g++ and clang++ are tried.
+The library is optional: without a compiler, or if it fails, one line says so and the installation goes on; attention,
+row-wise parts and losses then run on PyTorch alone. $CXX names the compiler; otherwise c++, g++ and clang++ are tried.
 
 `python hatch_build.py` builds into a checkout that was installed without a compiler.
 """
@@ -40,8 +40,8 @@ def find_compiler() -> list[str] | None:
     return None
 
 
-_COMMON = ["isa.cpp", "driver.cpp", "rows_driver.cpp", "loss_driver.cpp"]
-_KERNELS = ["kernel.cpp", "rows_kernel.cpp", "loss_kernel.cpp"]
+_COMMON = ["isa.cpp", "attention_driver.cpp", "rows_driver.cpp", "loss_driver.cpp"]
+_KERNELS = ["attention_kernel.cpp", "rows_kernel.cpp", "loss_kernel.cpp"]
 
 
 def _units() -> list[tuple[str, list[str]]]:
@@ -106,7 +106,7 @@ def try_build() -> bool:
             reason = f"{compiler[0]} failed: {_gist(str(error))}"
         else:
             return True
-    sys.stderr.write(f"hstu_dist: native attention kernels not built, PyTorch serves instead: {reason}\n")
+    sys.stderr.write(f"hstu_dist: native kernels not built, PyTorch serves instead: {reason}\n")
     return False
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import subprocess
-import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +12,7 @@ from benchmarks.checkpoint_worker import Answer, Request
 from benchmarks.environment import ROOT, describe
 from benchmarks.harness import Samples
 from benchmarks.options import positive
-from hstu_dist.errors import UserError
+from benchmarks.ranks import ask_ranks
 from hstu_dist.report.results import Ratio, Results, Row, write
 
 log = logging.getLogger(__name__)
@@ -95,11 +92,4 @@ def _measure(options: argparse.Namespace) -> Answer:
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="checkpoint-benchmark-") as folder:
         rows, rounds = (20_000, 1) if options.quick else (_ROWS, options.rounds)
         request = Request(folder=folder, rows=rows, width=_WIDTH, rounds=rounds)
-        asked, answered = Path(folder, "request.json"), Path(folder, "answer.json")
-        asked.write_text(json.dumps(asdict(request)))
-        agent = [sys.executable, "-m", "hstu_dist.distributed.agent", "--standalone", f"--nproc-per-node={_RANKS}"]
-        command = [*agent, "-m", "benchmarks.checkpoint_worker", str(asked), str(answered)]
-        status = subprocess.run(command, cwd=ROOT, check=False).returncode
-        if status or not answered.exists():
-            raise UserError(f"checkpoint benchmark: its ranks ended with exit code {status}", "see the messages above")
-        return Answer(**json.loads(answered.read_text()))
+        return Answer(**ask_ranks("benchmarks.checkpoint_worker", _RANKS, request, "see the messages above"))

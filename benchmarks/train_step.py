@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import subprocess
-import sys
-import tempfile
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.environment import ROOT, describe
+from benchmarks.environment import describe
 from benchmarks.harness import Samples
+from benchmarks.ranks import ask_ranks
 from benchmarks.train_step_worker import PARTS, Answer, Request
-from hstu_dist.errors import UserError
 from hstu_dist.machine import cores_per_rank
 from hstu_dist.report.results import Ratio, Results, Row, write
 
@@ -75,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
         if options.only and case.name not in options.only:
             continue
         for ranks in case.ranks:
-            label = f"{case.name}, {ranks} x {cores_per_rank(ranks)} threads"
+            label = f"{case.name}, {ranks} x {options.threads or cores_per_rank(ranks)} threads"
             log.info("%s", label)
             answer = _measure(case, ranks, options)
             rows += rows_of(label, answer)
@@ -126,21 +121,18 @@ def ratios_of(label: str, case: Case, answer: Answer) -> list[Ratio]:
     return ratios
 
 
+def overrides_of(case: Case, ranks: int, options: argparse.Namespace) -> list[str]:
+    """Overrides of a case's run, those of the command line last."""
+    given = [f"trainer.device={options.device.type}"]
+    if options.threads is not None:
+        given.append(f"trainer.threads={options.threads}")
+    return [*case.overrides, f"nproc={ranks}", *given, *options.override]
+
+
 def _measure(case: Case, ranks: int, options: argparse.Namespace) -> Answer:
-    overrides = [*case.overrides, f"nproc={ranks}", *options.override]
-    request = Request(overrides=overrides, steps=2 if options.quick else 25)
-    with tempfile.TemporaryDirectory() as folder:
-        asked, answered = Path(folder, "request.json"), Path(folder, "answer.json")
-        asked.write_text(json.dumps(asdict(request)))
-        agent = [sys.executable, "-m", "hstu_dist.distributed.agent", "--standalone", f"--nproc-per-node={ranks}"]
-        command = [*agent, "-m", "benchmarks.train_step_worker", str(asked), str(answered)]
-        status = subprocess.run(command, cwd=ROOT, check=False).returncode
-        if status or not answered.exists():
-            raise UserError(
-                f"{case.name} on {ranks} ranks: the run ended with exit code {status}",
-                "its messages are above; `make data` prepares MovieLens-1M",
-            )
-        return Answer(**json.loads(answered.read_text()))
+    request = Request(overrides=overrides_of(case, ranks, options), steps=2 if options.quick else 25)
+    remedy = "its messages are above; `make data` prepares MovieLens-1M"
+    return Answer(**ask_ranks("benchmarks.train_step_worker", ranks, request, remedy))
 
 
 def _print_parts(label: str, answer: Answer) -> None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import http.client
 import logging
-import os
 import shutil
-import tempfile
 import urllib.request
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from hstu_dist.errors import UserError
-from hstu_dist.files import sync
+from hstu_dist.files import replacing, sync
 
 TIMEOUT_SECONDS = 30
 
@@ -47,7 +45,6 @@ def fetch(url: str, folder: Path, remedy: str) -> Path:
         return target
     _log.info("%s: downloading %s", target, url)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         _download(url, target)
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(f"{url} cannot be fetched ({type(error).__name__}: {error})", remedy) from error
@@ -55,20 +52,10 @@ def fetch(url: str, folder: Path, remedy: str) -> Path:
 
 
 def _download(url: str, target: Path) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file, urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
-            shutil.copyfileobj(response, file)
-            got, announced = file.tell(), response.headers.get("Content-Length")
-            # read in pieces, a connection that was cut looks like the end of the file
-            if announced is not None and got != int(announced):
-                raise OSError(f"got {got} of {announced} bytes")
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files private
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(target) as file, urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
+        shutil.copyfileobj(response, file)
+        got, announced = file.tell(), response.headers.get("Content-Length")
+        # read in pieces, a connection that was cut looks like the end of the file
+        if announced is not None and got != int(announced):
+            raise OSError(f"got {got} of {announced} bytes")
     sync(target.parent)

@@ -212,4 +212,6 @@ def _topic(name: str) -> Topic:
 
 def _origin(results: Results) -> str:
     device = f"{results.device}, {results.threads} threads"
-    return f"Measured by `{results.command}` on {device}, {results.date[:10]}, commit {results.commit[:12]}."
+    commit, changed, _ = results.commit.partition("+")
+    state = f"{commit[:12]} with uncommitted changes" if changed else commit[:12]
+    return f"Measured by `{results.command}` on {device}, {results.date[:10]}, commit {state}."

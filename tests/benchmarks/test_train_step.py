@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.__main__ import main
-from benchmarks.train_step import CASES, Case, ratios_of, rows_of
+from benchmarks.train_step import CASES, Case, overrides_of, ratios_of, rows_of
 from benchmarks.train_step_worker import PARTS, Answer, part_of
 from hstu_dist.report import results
 from tests.tiny import tiny_overrides, write_tiny_dataset
@@ -53,6 +55,12 @@ def test_rates_are_medians_over_steps_and_targets_are_better_when_larger() -> No
     assert ratios["needed FLOPs"].value == 0.25 and ratios["needed FLOPs"].target is None
     assert ratios["step"].value == 0.5 and ratios["step"].met is False
     assert ratios["peak memory"].value == 2.0 and ratios["peak memory"].met is True
+
+
+def test_device_and_threads_of_the_command_line_reach_the_run() -> None:
+    options = argparse.Namespace(device=torch.device("cpu"), threads=3, override=["seed=5"])
+    given = overrides_of(CASES[0], 2, options)
+    assert given == [*CASES[0].overrides, "nproc=2", "trainer.device=cpu", "trainer.threads=3", "seed=5"]
 
 
 @pytest.mark.distributed

@@ -54,3 +54,11 @@ def test_id_set_keeps_shapes_and_large_ids(high: int) -> None:
     ids = IdSet.of([grid, torch.tensor([3])], high)
     assert ids.ids.tolist() == [0, 3, 5, high - 2, high - 1]
     assert ids.places(grid).tolist() == [[4, 0, 3], [2, 4, 2]]
+
+
+@pytest.mark.parametrize("high", [0, 1, 7])
+def test_the_set_of_everything_leaves_ids_where_they_are(high: int) -> None:
+    everything = IdSet.everything(high, torch.device("cpu"))
+    assert everything.ids.tolist() == list(range(high))
+    wanted = torch.arange(high).flip(0)
+    assert torch.equal(everything.places(wanted), wanted)

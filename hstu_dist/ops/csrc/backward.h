@@ -2,7 +2,7 @@
 //
 // A task owns the gradients of its keys and values. Its shares of grad_q and of the bias gradients are added to
 // the shared results in the order of the chunks, so that every run gives the same bits on any number of
-// threads. Included only by kernel.cpp.
+// threads. Included only by attention_kernel.cpp.
 
 #pragma once
 

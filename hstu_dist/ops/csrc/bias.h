@@ -1,6 +1,6 @@
 // The relative bias of a tile: position weights by distance, time weights by bucket of elapsed time.
 //
-// It is computed once per tile and serves all heads of the task. Included only by kernel.cpp.
+// It is computed once per tile and serves all heads of the task. Included only by attention_kernel.cpp.
 
 #pragma once
 

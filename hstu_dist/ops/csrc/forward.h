@@ -1,6 +1,6 @@
 // Forward of one chunk of queries: queries are the lanes, keys the rows, so that softmax needs no sums across lanes.
 //
-// scores^T = K Q^T, weights^T = f(scores^T), out^T += V^T weights^T. Included only by kernel.cpp.
+// scores^T = K Q^T, weights^T = f(scores^T), out^T += V^T weights^T. Included only by attention_kernel.cpp.
 
 #pragma once
 

@@ -1,7 +1,7 @@
 // The one matrix product that everything is made of: C[M][lanes] (+)= A[M][depth] B[depth][lanes].
 //
 // A is read element by element with any two strides (so transposing it is free), B and C by whole vectors. A tile
-// of C lives in registers while the depth runs. Included only by kernel.cpp.
+// of C lives in registers while the depth runs. Included only by the *_kernel.cpp files.
 
 #pragma once
 

@@ -1,6 +1,6 @@
 // Vectors of one instruction set in the compilers' portable vector notation: load, store, exp, transpose.
 //
-// Included only by kernel.cpp, inside the namespace of its instruction set. VECTOR_BYTES is the register width.
+// Included only by the *_kernel.cpp files, inside the namespace of its instruction set. VECTOR_BYTES is the register width.
 
 #pragma once
 

@@ -3,7 +3,7 @@
 // ds = p (dp - mean), where the mean of dp under p equals sum(out * grad_out). A bias gradient adds up whole rows of
 // ds, which cancel: only a mean of the very p and dp that ds is made of cancels with them, while the rounding of `out`
 // would remain. Calls with a bias therefore take the mean from a pass of its own over the keys. Included only by
-// kernel.cpp.
+// attention_kernel.cpp.
 
 #pragma once
 

@@ -2,7 +2,7 @@
 //
 // A tile is kBlock "rows" by kBlock "lanes" (vector elements). The forward runs with keys as rows and queries as
 // lanes, the backward the other way round; both skip hidden 16 x 16 cells and mask only the partly visible ones.
-// Included only by kernel.cpp.
+// Included only by attention_kernel.cpp.
 
 #pragma once
 
