@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hstu_dist.batch import JaggedBatch
-from hstu_dist.distributed.config import EmbeddingConfig, TableOptimizerConfig
+from hstu_dist.distributed.config import ITEM, EmbeddingConfig, TableOptimizerConfig, TableShape
+from hstu_dist.distributed.planner import build_tables
 from hstu_dist.distributed.process_group import World, process_group
 from hstu_dist.distributed.recommender import Recommender
 from hstu_dist.losses.config import SampledSoftmaxConfig
@@ -93,8 +94,9 @@ def saved_bytes(model: HSTUConfig | TransformerConfig, sequences: int) -> int:
 
 
 def _step(job: Job, world: World) -> TrainStep:
-    recommender = Recommender(job.num_items, job.model, job.embedding, world.device, 1)
-    optimizers = Optimizers(recommender.tower, recommender.table.optimizer, OptimizerConfig())
+    shapes = {ITEM: TableShape(job.num_items, job.model.width)}
+    recommender = Recommender(build_tables(job.embedding, shapes, world.device, 1), job.model, world.device, 1)
+    optimizers = Optimizers(recommender.tower, recommender.tables.optimizer, OptimizerConfig())
     step = TrainStep(recommender, job.loss, optimizers, world, 1)
     lengths = [_LENGTH] * job.sequences_of(world.size)
     step(_batch(lengths, job.num_items), Workload.causal(lengths * world.size), (0, 2))
@@ -117,7 +119,7 @@ def _batch(lengths: list[int], num_items: int) -> JaggedBatch:
 
 def _tensor_bytes(step: TrainStep) -> int:
     recommender, optimizers = step.recommender, step.optimizers
-    tables = [*recommender.table.sharded.state_dict().values(), *recommender.table.optimizer.state_tensors().values()]
+    tables = [*recommender.tables.weights().values(), *recommender.tables.optimizer.state_tensors().values()]
     tensors = [shard.tensor for table in tables if hasattr(table, "local_shards") for shard in table.local_shards()]
     for parameter in recommender.tower.parameters():
         moments = optimizers.dense.state[parameter]

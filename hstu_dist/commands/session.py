@@ -12,9 +12,11 @@ from hstu_dist.data.config import BatchingConfig, LoaderConfig
 from hstu_dist.data.dataset import SequenceDataset
 from hstu_dist.data.loader import BatchLoader, Shard, popularity
 from hstu_dist.data.split import Split
+from hstu_dist.distributed.planner import build_tables
 from hstu_dist.distributed.process_group import World
 from hstu_dist.distributed.recommender import Recommender
 from hstu_dist.models.flops import Workload, count_flops
+from hstu_dist.preflight import memory_limit, table_shapes
 from hstu_dist.train.evaluate import evaluate, evaluate_popularity
 from hstu_dist.train.optimizer import Optimizers
 
@@ -33,8 +35,10 @@ class Session:
     def build(cls, config: RunConfig, world: World) -> Session:
         """Opens the data and builds the model, the same at any world size for a seed."""
         dataset = SequenceDataset.open(config.data.path)
-        recommender = Recommender(dataset.num_items, config.model, config.embedding, world.device, config.seed)
-        optimizers = Optimizers(recommender.tower, recommender.table.optimizer, config.optimizer)
+        shapes = table_shapes(config, dataset.num_items)
+        tables = build_tables(config.embedding, shapes, world.device, config.seed, memory_limit(config))
+        recommender = Recommender(tables, config.model, world.device, config.seed)
+        optimizers = Optimizers(recommender.tower, recommender.tables.optimizer, config.optimizer)
         return cls(config, world, dataset, recommender, optimizers)
 
     @property
@@ -76,9 +80,9 @@ class Session:
         """Every tensor of the run, plain or sharded, under one flat name each; views, not copies."""
         recommender, optimizers = self.recommender, self.optimizers
         flat: dict[str, Any] = {f"tower.{name}": value for name, value in recommender.tower.state_dict().items()}
-        flat |= {f"table.{name}": value for name, value in recommender.table.sharded.state_dict().items()}
+        flat |= {f"table.{name}": value for name, value in recommender.tables.weights().items()}
         flat |= {f"optimizer.{name}": value for name, value in optimizers.state_tensors().items()}
-        table_state = recommender.table.optimizer.state_tensors()
+        table_state = recommender.tables.optimizer.state_tensors()
         flat |= {f"table_optimizer.{name}": value for name, value in table_state.items()}
         return flat
 

@@ -77,7 +77,7 @@ class TrainStep:
             negatives = self._negatives(batch, step)
         with record_function("look up"):
             needed = self._needed(batch, negatives, work)
-            rows_UD = self.recommender.table(needed.ids)
+            rows_UD = self.recommender.items(needed.ids)
             items_TD = rows_UD.index_select(0, needed.places(batch.item_ids))
         with record_function("encode"):
             queries_TD = self.recommender.encode(items_TD, batch, noise_key=fold(self.seed, step, _DROPOUT))
