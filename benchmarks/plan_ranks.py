@@ -119,8 +119,12 @@ def _batch(lengths: list[int], num_items: int) -> JaggedBatch:
 
 def _tensor_bytes(step: TrainStep) -> int:
     recommender, optimizers = step.recommender, step.optimizers
-    tables = [*recommender.tables.weights().values(), *recommender.tables.optimizer.state_tensors().values()]
-    tensors = [shard.tensor for table in tables if hasattr(table, "local_shards") for shard in table.local_shards()]
+    states = recommender.tables.optimizer.state_tensors()
+    states.pop("step", None)
+    tables = [*recommender.tables.weights().values(), *states.values()]
+    tensors: list[Tensor] = []
+    for table in tables:
+        tensors += [s.tensor for s in table.local_shards()] if hasattr(table, "local_shards") else [table]
     for parameter in recommender.tower.parameters():
         moments = optimizers.dense.state[parameter]
         assert parameter.grad is not None

@@ -1,4 +1,4 @@
-"""A small table that every rank holds whole: no rows travel, their gradients are added up over the ranks.
+"""A table that every rank holds whole: no rows travel, their gradients are added up over the ranks.
 
 This is an embedding under data parallelism, but for one thing: DDP's dense gradient does not tell a row that was
 looked up from one that was not, and all but plain SGD must know.
@@ -36,6 +36,9 @@ class ReplicatedTable(nn.Module):
         self.moment = Moment(self.learning_rate * factor, step)
 
     def _update(self, rows: Rows, lookup: tuple[Tensor, Tensor]) -> None:
+        if dist.get_world_size() == 1:
+            update_rows(self.rule, rows, lookup, self.moment)
+            return
         ids_N, gradient_ND = lookup
         count, width = rows.weight.shape
         # one column more counts the look-ups

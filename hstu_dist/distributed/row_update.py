@@ -207,6 +207,8 @@ def stochastic_round(x_UD: Tensor, dtype: torch.dtype, words_UD: Tensor) -> Tens
 
 def coalesce(ids_N: Tensor, gradient_ND: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct ids [U], ascending, and the sum [U, D] of the gradients of each, added in the order of the lookup."""
+    if bool((ids_N[1:] > ids_N[:-1]).all()):
+        return ids_N, gradient_ND
     rows_U, places_N = ids_N.unique(return_inverse=True)
     total_UD = gradient_ND.new_zeros(rows_U.numel(), gradient_ND.shape[1])
     return rows_U, total_UD.index_add_(0, places_N, gradient_ND)

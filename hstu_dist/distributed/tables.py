@@ -52,8 +52,8 @@ class EmbeddingTables(nn.Module):
         self.specs = dict(specs)
         self.plan = plan
         self.id_mappings: dict[str, IdMapping] = {}
-        copies = [name for name, table in plan.tables.items() if table.sharding == "data_parallel"]
-        self.sharded = sharded_tables(specs, plan, device)
+        copies = [name for name in specs if _is_whole(plan, name, device)]
+        self.sharded = sharded_tables({name: spec for name, spec in specs.items() if name not in copies}, plan, device)
         self.replicated = nn.ModuleDict({name: _replicate(name, specs[name], device, seed) for name in copies})
         fused = None if self.sharded is None else self.sharded.fused_optimizer
         self.optimizer = TableOptimizer(specs, fused, dict(self._copies()))
@@ -103,6 +103,11 @@ def check_device(specs: Mapping[str, TableSpec], device: torch.device) -> None:
         lacking = spec.config.needs_cuda()
         if lacking is not None and device.type != "cuda":
             raise UserError(f"embedding table {name}: {lacking}", "use compute_kernel=fused and dtype=fp32 or fp16")
+
+
+def _is_whole(plan: EmbeddingPlan, table: str, device: torch.device) -> bool:
+    """Whether our kernel alone serves a table: it is copied, or on the one rank there is."""
+    return plan.tables[table].sharding == "data_parallel" or (plan.world_size == 1 and device.type == "cpu")
 
 
 def _weight_name(table: str) -> str:

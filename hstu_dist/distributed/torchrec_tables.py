@@ -84,14 +84,13 @@ def _leave(weight: Tensor) -> Tensor:
 def sharded_tables(
     specs: Mapping[str, TableSpec], plan: EmbeddingPlan, device: torch.device
 ) -> DistributedModelParallel | None:
-    """The tables on their ranks, with their optimizers fused in; None where all are copies.
+    """Tables on their ranks, with their optimizers fused in; None without any.
 
     Args:
-        specs: all tables.
+        specs: the tables; those of a plan that are not copied.
         plan: who holds what.
         device: where rows live.
     """
-    specs = {name: spec for name, spec in specs.items() if plan.tables[name].sharding != "data_parallel"}
     if not specs:
         return None
     collections = Collections(specs)

@@ -21,7 +21,7 @@ def test_equals_ranking_each_user_alone(split: Split, tiny_data: Path) -> None:
     data = session.dataset
     # lengths of the rows differ by far, as they do after training: cosine is not the inner product
     (weight,) = session.recommender.tables.weights().values()
-    weight.local_shards()[0].tensor.mul_(torch.logspace(-2, 2, NUM_ITEMS)[:, None])
+    weight.mul_(torch.logspace(-2, 2, NUM_ITEMS)[:, None])
     corpus = session.recommender.corpus()
     ranks = []
     for user in range(data.num_sequences):
