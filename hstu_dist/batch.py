@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ class JaggedBatch:
         target_ids: [T] int64, the item that followed each event.
         query_times: [T] int64 seconds, when that following event happened (query times of the bias).
         row_ids: [B] int64, which sequence of the data set each one is; world-size-independent identity.
+        trained: [T] bool, whether the target of each row counts in the loss; None: all do. Rows that do not count are
+            context: a stream brings events that were targets before.
     """
 
     offsets: Tensor
@@ -32,6 +35,7 @@ class JaggedBatch:
     target_ids: Tensor
     query_times: Tensor
     row_ids: Tensor
+    trained: Tensor | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -48,6 +52,13 @@ class JaggedBatch:
         """[B] int64."""
         return self.offsets.diff()
 
+    @property
+    def num_context(self) -> int:
+        """Rows whose targets do not count in the loss."""
+        return 0 if self.trained is None else self.num_tokens - int(self.trained.sum())
+
     def to(self, device: torch.device) -> JaggedBatch:
         """The same batch on another device."""
-        return JaggedBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {name: part if part is None else part.to(device, non_blocking=True) for name, part in parts.items()}
+        return JaggedBatch(**moved)

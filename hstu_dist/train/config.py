@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from hstu_dist.data.config import BatchingConfig
+from hstu_dist.data.config import BatchingConfig, EmissionConfig
 from hstu_dist.validation import STRICT
 
 
@@ -146,6 +146,7 @@ class TrainerConfig:
             read once, after the last epoch.
         global_batch_size: sequences of one step, over all ranks; on average, if `batching` is not by sequences.
         batching: how an epoch is cut into steps, and a step's sequences are shared out among the ranks.
+        emission: generative training with sequences emitted at a rate of 1/n; null: every sequence once an epoch.
         device: auto takes CUDA where there is one.
         threads: CPU threads of a rank; null: the machine's cores divided by its ranks.
         peak_flops: FLOP/s of one rank's device, what MFU is measured against; null: the data sheet of a known GPU for
@@ -159,6 +160,7 @@ class TrainerConfig:
     train_on: Literal["train", "train_validation"] = "train"
     global_batch_size: int = Field(default=128, gt=0)
     batching: BatchingConfig = Field(default_factory=BatchingConfig)
+    emission: EmissionConfig | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, gt=0)
     peak_flops: float | None = Field(default=None, gt=0)

@@ -16,7 +16,7 @@ from hstu_dist.losses.softmax import Candidates, softmax_loss, softmax_spec
 from hstu_dist.models.context import token_noise
 from hstu_dist.models.flops import Workload
 from hstu_dist.ops.jagged import IdSet
-from hstu_dist.ops.random import fold
+from hstu_dist.ops.random import TokenNoise, fold
 from hstu_dist.train.optimizer import Optimizers
 
 _NEGATIVES = 2
@@ -31,7 +31,7 @@ class StepResult:
     """What a step reports.
 
     Attributes:
-        loss_sum: this rank's sum of losses over its positions.
+        loss_sum: this rank's sum of losses over its positions that count.
         work: positions and attention pairs of all ranks.
         learning_rate: of the dense part.
     """
@@ -64,7 +64,7 @@ class TrainStep:
 
         Args:
             batch: this rank's share; may be empty.
-            work: positions and attention pairs of all shares together.
+            work: positions, attention pairs and context of all shares together.
             position: (steps taken, steps of the whole run).
 
         Raises:
@@ -74,7 +74,8 @@ class TrainStep:
         factor = self.optimizers.prepare(step, total_steps)
         # the names of the parts in a profile
         with record_function("draw"):
-            negatives = self._negatives(batch, step)
+            scored = None if batch.trained is None else batch.trained.nonzero().squeeze(1)
+            negatives = self._negatives(batch, step, scored)
         with record_function("look up"):
             needed = self._needed(batch, negatives, work)
             rows_UD = self.recommender.table(needed.ids)
@@ -83,7 +84,10 @@ class TrainStep:
             queries_TD = self.recommender.encode(items_TD, batch, noise_key=fold(self.seed, step, _DROPOUT))
         with record_function("loss"):
             places = None if negatives is None else needed.places(negatives)
-            candidates = Candidates(rows_UD, needed.places(batch.target_ids), places)
+            targets = batch.target_ids
+            if scored is not None:
+                queries_TD, targets = queries_TD[scored], targets[scored]
+            candidates = Candidates(rows_UD, needed.places(targets), places)
             loss_sum = softmax_loss(queries_TD, candidates, self.softmax)
         value = float(loss_sum.detach())
         if value != value or value in (float("inf"), float("-inf")):
@@ -92,21 +96,23 @@ class TrainStep:
                 "lower the learning rates or set optimizer.clip_norm, then continue from an earlier checkpoint",
             )
         # DDP and TorchRec average gradients over ranks; the mean wanted is over all positions of all ranks
-        (loss_sum * (self.world.size / max(1, work.tokens))).backward()
+        (loss_sum * (self.world.size / max(1, work.targets))).backward()
         with record_function("update"):
             self.optimizers.step()
         return StepResult(value, work, self.optimizers.config.learning_rate * factor)
 
-    def _negatives(self, batch: JaggedBatch, step: int) -> Tensor | None:
+    def _negatives(self, batch: JaggedBatch, step: int, scored: Tensor | None) -> Tensor | None:
         if isinstance(self.loss, FullSoftmaxConfig):
             return None
         noise = token_noise(batch, self.recommender.max_length, fold(self.seed, step, _NEGATIVES))
+        if scored is not None:
+            noise = TokenNoise(noise.key, noise.tokens[scored])
         return self.recommender.tower.rows.integers(noise, self.loss.num_negatives, self.recommender.num_items)
 
     def _needed(self, batch: JaggedBatch, negatives: Tensor | None, work: Workload) -> IdSet:
         num_items = self.recommender.num_items
         # where ranks draw each item many times over, finding the few that are missing costs more than it saves;
         # decided for all ranks together, so that the rows a step touches do not depend on their number
-        if negatives is None or work.tokens * negatives.shape[1] >= _DRAWS_OF_EVERYTHING * num_items:
+        if negatives is None or work.targets * negatives.shape[1] >= _DRAWS_OF_EVERYTHING * num_items:
             return IdSet.everything(num_items, batch.item_ids.device)
         return IdSet.of([batch.item_ids, batch.target_ids, negatives], num_items)
