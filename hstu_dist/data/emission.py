@@ -11,13 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hstu_dist.data.config import EmissionConfig
-from hstu_dist.data.hashing import fractions, mix, sequence_words
+from hstu_dist.data.draws import Floats, Ints, uniform, words
 
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
-
-_STREAM = np.uint64(0x3C6EF372FE94F82B)
-"""Keeps these draws apart from those of Stochastic Length, which hash the same numbers."""
+_EMISSION = 2
+"""Use of a sequence's random numbers; see `epoch` for the others."""
 
 
 class Emission:
@@ -44,8 +41,8 @@ class Emission:
         Returns:
             [B] bool.
         """
-        uniform = fractions(mix(sequence_words(sequences, self.seed, epoch) ^ _STREAM))
-        found: npt.NDArray[np.bool_] = uniform < self.probability(lengths)
+        drawn = uniform(words(sequences, self.seed, epoch, _EMISSION))
+        found: npt.NDArray[np.bool_] = drawn < self.probability(lengths)
         return found
 
 

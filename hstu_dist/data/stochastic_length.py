@@ -9,13 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from hstu_dist.data.config import StochasticLengthConfig
-from hstu_dist.data.hashing import GOLDEN, Words, fractions, mix, sequence_words
-
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
+from hstu_dist.data.draws import GOLDEN, Floats, Ints, Words, mix, uniform, words
 
 _KEY_BITS = 31
 """Bits of a float32 without its sign; positive floats are in the order of their bits."""
@@ -63,8 +59,8 @@ class StochasticLength:
         Returns:
             [B] int64.
         """
-        uniform = fractions(mix(sequence_words(sequences, self.seed, epoch)))
-        return np.where(uniform < self.keep_probability(lengths), lengths, np.minimum(lengths, self.cut_length))
+        drawn = uniform(mix(words(sequences, self.seed, epoch)))
+        return np.where(drawn < self.keep_probability(lengths), lengths, np.minimum(lengths, self.cut_length))
 
     def events(self, history: History, timestamps: Ints, epoch: int) -> Ints:
         """Which events are inputs.
@@ -99,8 +95,7 @@ class StochasticLength:
         starts = np.cumsum(history.lengths) - history.lengths
         owners = np.repeat(np.arange(len(starts)), history.lengths)
         positions = np.arange(len(events)) - starts[owners]
-        states = sequence_words(history.sequences, self.seed, epoch)
-        noise = mix(states[owners] + (positions + 1).astype(np.uint64) * GOLDEN)
+        noise = mix(words(history.sequences, self.seed, epoch)[owners] + (positions + 1).astype(np.uint64) * GOLDEN)
         if self.config.selection == "weighted":
             keys = _race(noise, _recency_weights(timestamps[events], starts, history.lengths))
         else:
@@ -134,6 +129,6 @@ def _recency_weights(times: Ints, starts: Ints, lengths: Ints) -> Floats:
 
 def _race(noise: Words, weights: Floats) -> Ints:
     """Keys whose smallest k are a draw of k without replacement: exponential arrival times, ordered as integers."""
-    arrivals = -np.log(fractions(noise)) / np.maximum(weights, 1e-30)
+    arrivals = -np.log(uniform(noise)) / np.maximum(weights, 1e-30)
     keys: Ints = arrivals.astype(np.float32).view(np.int32).astype(np.int64)
     return keys
