@@ -15,6 +15,7 @@ from hstu_dist.commands.session import Session
 from hstu_dist.config import RunConfig, compose
 from hstu_dist.data.split import Split
 from hstu_dist.distributed.process_group import World
+from hstu_dist.train.hooks import AverageHook
 from hstu_dist.train.state import TrainState
 from hstu_dist.train.step import StepResult, TrainStep
 from hstu_dist.train.trainer import Hook, Trainer
@@ -48,13 +49,14 @@ class LossHook(Hook):
 
 def trainer_of(session: Session, state: TrainState, epochs: int, hooks: Sequence[Hook] = ()) -> Trainer:
     config = session.config
+    averaging = [] if session.average is None else [AverageHook(session.average)]
     return Trainer(
         step=TrainStep(session.recommender, config.loss, session.optimizers, session.world, config.seed),
         loader=session.loader(Split.TRAIN),
         state=state,
         epochs=epochs,
         world=session.world,
-        hooks=hooks,
+        hooks=[*averaging, *hooks],
     )
 
 
