@@ -59,6 +59,8 @@ class JaggedBatch:
 
     def to(self, device: torch.device) -> JaggedBatch:
         """The same batch on another device."""
-        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {name: part if part is None else part.to(device, non_blocking=True) for name, part in parts.items()}
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {
+            name: part if part is None else part.to(device, non_blocking=True) for name, part in parts.items()
+        }
         return JaggedBatch(**moved)
