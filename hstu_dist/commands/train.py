@@ -21,7 +21,7 @@ from hstu_dist.distributed.process_group import World, claim_machine, process_gr
 from hstu_dist.errors import UserError
 from hstu_dist.preflight import preflight
 from hstu_dist.run_folder import RunFolder
-from hstu_dist.train.hooks import CheckpointHook, EvaluateHook, LogHook, ProfileHook, TrackTestHook
+from hstu_dist.train.hooks import AverageHook, CheckpointHook, EvaluateHook, LogHook, ProfileHook, TrackTestHook
 from hstu_dist.train.metrics_log import MetricsLog
 from hstu_dist.train.state import TrainState
 from hstu_dist.train.step import TrainStep
@@ -133,6 +133,7 @@ def _fit(session: Session, checkpoints: CheckpointManager, state: TrainState, fo
             peak_flops=job_peak_flops(config.trainer.peak_flops, world),
             hooks=[
                 LogHook(config.trainer.logging, log, session.training_flops),
+                *([] if session.average is None else [AverageHook(session.average)]),
                 ProfileHook(config.trainer.profile, folder.path),
                 *_evaluation_hooks(session, log),
                 CheckpointHook(config.trainer.checkpoint, checkpoints, session.tensors),

@@ -39,6 +39,8 @@ class OptimizerConfig:
         clip_norm: largest global gradient norm of the dense part; null: no clipping. Table gradients are
             consumed inside the backward and are not clipped.
         schedule: learning-rate factor over the run.
+        average_decay: evaluate a moving average of all weights, tables included, of which every step keeps this share;
+            null: the weights themselves. Costs a copy of the weights.
     """
 
     learning_rate: float = Field(default=1e-3, gt=0)
@@ -47,6 +49,7 @@ class OptimizerConfig:
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float | None = Field(default=None, gt=0)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    average_decay: float | None = Field(default=None, gt=0, lt=1)
 
     def __post_init__(self) -> None:
         if not all(0 <= beta < 1 for beta in self.betas):

@@ -16,6 +16,7 @@ from hstu_dist.commands.session import Session
 from hstu_dist.config import RunConfig, compose
 from hstu_dist.data.split import Split
 from hstu_dist.distributed.process_group import World
+from hstu_dist.train.hooks import AverageHook
 from hstu_dist.train.state import TrainState
 from hstu_dist.train.step import StepResult, TrainStep
 from hstu_dist.train.trainer import Hook, Trainer
@@ -49,6 +50,7 @@ class LossHook(Hook):
 
 def trainer_of(session: Session, state: TrainState, epochs: int, hooks: Sequence[Hook] = ()) -> Trainer:
     config = session.config
+    averaging = [] if session.average is None else [AverageHook(session.average)]
     return Trainer(
         step=TrainStep(
             session.recommender,
@@ -62,7 +64,7 @@ def trainer_of(session: Session, state: TrainState, epochs: int, hooks: Sequence
         state=state,
         epochs=epochs,
         world=session.world,
-        hooks=hooks,
+        hooks=[*averaging, *hooks],
     )
 
 
