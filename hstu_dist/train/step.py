@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -51,7 +54,9 @@ class TrainStep:
         optimizers: Optimizers,
         world: World,
         seed: int,
+        micro_batches: int = 1,
     ) -> None:
+        self.micro_batches = micro_batches
         self.recommender = recommender
         self.loss = loss
         self.softmax = softmax_spec(loss, recommender.num_items, world.device)
@@ -74,39 +79,69 @@ class TrainStep:
         factor = self.optimizers.prepare(step, total_steps)
         # the names of the parts in a profile
         with record_function("draw"):
-            scored = None if batch.trained is None else batch.trained.nonzero().squeeze(1)
-            negatives = self._negatives(batch, step, scored)
+            negatives = self._negatives(batch, step)
         with record_function("look up"):
             needed = self._needed(batch, negatives, work)
             rows_UD = self.recommender.table(needed.ids)
-            items_TD = rows_UD.index_select(0, needed.places(batch.item_ids))
-        with record_function("encode"):
-            queries_TD = self.recommender.encode(items_TD, batch, noise_key=fold(self.seed, step, _DROPOUT))
-        with record_function("loss"):
-            places = None if negatives is None else needed.places(negatives)
-            targets = batch.target_ids
-            if scored is not None:
-                queries_TD, targets = queries_TD[scored], targets[scored]
-            candidates = Candidates(rows_UD, needed.places(targets), places)
-            loss_sum = softmax_loss(queries_TD, candidates, self.softmax)
-        value = float(loss_sum.detach())
-        if value != value or value in (float("inf"), float("-inf")):
+        # the table updates its rows in the backward of their lookup: all parts add to one gradient before
+        leaf_UD = rows_UD.detach().requires_grad_()
+        value = self._accumulate(leaf_UD, needed, self._parts(batch, negatives), (step, work))
+        if not math.isfinite(value):
             raise UserError(
                 f"step {step}: the loss is {value} on rank {self.world.rank}",
                 "lower the learning rates or set optimizer.clip_norm, then continue from an earlier checkpoint",
             )
-        # DDP and TorchRec average gradients over ranks; the mean wanted is over all positions of all ranks
-        (loss_sum * (self.world.size / max(1, work.targets))).backward()
         with record_function("update"):
+            rows_UD.backward(leaf_UD.grad)
             self.optimizers.step()
         return StepResult(value, work, self.optimizers.config.learning_rate * factor)
 
-    def _negatives(self, batch: JaggedBatch, step: int, scored: Tensor | None) -> Tensor | None:
+    def _parts(self, batch: JaggedBatch, negatives: Tensor | None) -> list[tuple[JaggedBatch, Tensor | None]]:
+        parts = batch.parts(self.micro_batches)
+        if negatives is None:
+            return [(part, None) for part in parts]
+        return list(zip(parts, negatives.split([part.num_tokens - part.num_context for part in parts]), strict=True))
+
+    def _accumulate(
+        self,
+        rows_UD: Tensor,
+        needed: IdSet,
+        parts: Sequence[tuple[JaggedBatch, Tensor | None]],
+        position: tuple[int, Workload],
+    ) -> float:
+        """Sum of losses over the parts, whose gradients reach `rows_UD` and the tower.
+
+        Args:
+            rows_UD: a leaf, the rows of `needed`.
+            needed: ids of the step.
+            parts: of this rank's share, each with its negatives.
+            position: number of the step and work of all ranks.
+        """
+        step, work = position
+        total = rows_UD.new_zeros((), dtype=torch.float64)
+        for number, (part, negatives) in enumerate(parts, start=1):
+            with self.recommender.exchanging(number == len(parts)):
+                with record_function("encode"):
+                    items_TD = rows_UD.index_select(0, needed.places(part.item_ids))
+                    queries_TD = self.recommender.encode(items_TD, part, noise_key=fold(self.seed, step, _DROPOUT))
+                with record_function("loss"):
+                    places = None if negatives is None else needed.places(negatives)
+                    targets = part.target_ids
+                    if part.trained is not None:
+                        queries_TD, targets = queries_TD[part.trained], targets[part.trained]
+                    candidates = Candidates(rows_UD, needed.places(targets), places)
+                    loss_sum = softmax_loss(queries_TD, candidates, self.softmax)
+                total += loss_sum.detach()
+                # gradients are averaged over ranks; the mean wanted is over all positions of all ranks
+                (loss_sum * (self.world.size / max(1, work.targets))).backward()
+        return float(total)
+
+    def _negatives(self, batch: JaggedBatch, step: int) -> Tensor | None:
         if isinstance(self.loss, FullSoftmaxConfig):
             return None
         noise = token_noise(batch, self.recommender.max_length, fold(self.seed, step, _NEGATIVES))
-        if scored is not None:
-            noise = TokenNoise(noise.key, noise.tokens[scored])
+        if batch.trained is not None:
+            noise = TokenNoise(noise.key, noise.tokens[batch.trained])
         return self.recommender.tower.rows.integers(noise, self.loss.num_negatives, self.recommender.num_items)
 
     def _needed(self, batch: JaggedBatch, negatives: Tensor | None, work: Workload) -> IdSet:
