@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hstu_dist.batch import JaggedBatch
-from hstu_dist.distributed.config import ITEM, EmbeddingConfig, TableOptimizerConfig, TableShape
+from hstu_dist.distributed.config import ITEM, EmbeddingConfig, ParallelConfig, TableOptimizerConfig, TableShape
 from hstu_dist.distributed.planner import build_tables
 from hstu_dist.distributed.process_group import World, process_group
 from hstu_dist.distributed.recommender import Recommender
@@ -94,8 +94,8 @@ def saved_bytes(model: HSTUConfig | TransformerConfig, sequences: int) -> int:
 
 
 def _step(job: Job, world: World) -> TrainStep:
-    shapes = {ITEM: TableShape(job.num_items, job.model.width)}
-    recommender = Recommender(build_tables(job.embedding, shapes, world.device, 1), job.model, world.device, 1)
+    tables = build_tables(job.embedding, {ITEM: TableShape(job.num_items, job.model.width)}, world.device, 1)
+    recommender = Recommender(tables, job.model, world.device, 1, ParallelConfig())
     optimizers = Optimizers(recommender.tower, recommender.tables.optimizer, OptimizerConfig())
     step = TrainStep(recommender, job.loss, optimizers, world, 1)
     lengths = [_LENGTH] * job.sequences_of(world.size)

@@ -74,14 +74,22 @@ class RunConfig:
                 f"model.max_length: got {self.model.max_length}, "
                 f"expected at least data.max_length ({self.data.max_length})"
             )
-        for name, spec in self.embedding.specs(dict.fromkeys([ITEM, *self.embedding.tables], TableShape(1, 1))).items():
-            lacking = spec.config.needs_cuda()
-            if lacking is not None and self.trainer.device == "cpu":
-                raise ValueError(f"embedding table {name}: {lacking}, expected another with trainer.device=cpu")
-        for name in self.embedding.tables:
-            if name not in FEATURES:
+        self._check_tables()
+
+    def _check_tables(self) -> None:
+        any_shape = TableShape(1, 1)
+        for name, spec in self.embedding.specs(dict.fromkeys([ITEM, *self.embedding.tables], any_shape)).items():
+            if name not in (ITEM, *FEATURES):
                 known = ", ".join(FEATURES) or "no further table"
                 raise ValueError(f"embedding.tables: got {name}, expected {known}: the model looks nothing else up")
+            lacking, dtype = spec.config.needs_cuda(), spec.config.dtype
+            if lacking is not None and self.trainer.device == "cpu":
+                raise ValueError(f"embedding table {name}: {lacking}, expected another with trainer.device=cpu")
+            if dtype != "fp32" and self.optimizer.average_decay is not None:
+                raise ValueError(
+                    f"optimizer.average_decay: got {self.optimizer.average_decay}, expected null: "
+                    f"the {dtype} rows of table {name} are too short for an average"
+                )
 
     @property
     def world_size(self) -> int:
@@ -237,9 +245,16 @@ _MAY_CHANGE = (
     "trainer.threads",
     "trainer.peak_flops",
     "trainer.device",
+    "trainer.micro_batches",
     "trainer.batching.balance",
 )
-_MAY_CHANGE_GROUPS = ("trainer.logging", "trainer.checkpoint", "trainer.profile", "trainer.timeout_seconds")
+_MAY_CHANGE_GROUPS = (
+    "trainer.logging",
+    "trainer.checkpoint",
+    "trainer.profile",
+    "trainer.timeout_seconds",
+    "trainer.parallel",
+)
 
 
 def difference(old: RunConfig, new: RunConfig) -> list[str]:

@@ -1,14 +1,15 @@
-"""The recommender on one rank: sharded tables and a data-parallel tower."""
+"""The recommender on one rank: sharded tables and a tower that the ranks share."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from hstu_dist.batch import JaggedBatch
-from hstu_dist.distributed.config import ITEM
+from hstu_dist.distributed.config import ITEM, ParallelConfig
+from hstu_dist.distributed.parallel import ParallelTower
 from hstu_dist.distributed.tables import EmbeddingTables
 from hstu_dist.models.config import HSTUConfig, TransformerConfig
 from hstu_dist.models.context import sequence_context
@@ -21,7 +22,12 @@ class Recommender(nn.Module):
     """Tables and tower. All ranks call every method together."""
 
     def __init__(
-        self, tables: EmbeddingTables, model: HSTUConfig | TransformerConfig, device: torch.device, seed: int
+        self,
+        tables: EmbeddingTables,
+        model: HSTUConfig | TransformerConfig,
+        device: torch.device,
+        seed: int,
+        parallel: ParallelConfig,
     ) -> None:
         super().__init__()
         self.num_items = tables.specs[ITEM].shape.num_rows
@@ -29,9 +35,7 @@ class Recommender(nn.Module):
         self.tables = tables
         torch.manual_seed(seed)
         self.tower = Tower(model, device)
-        self._parallel: nn.Module = self.tower
-        if dist.get_world_size() > 1:
-            self._parallel = DistributedDataParallel(self.tower, gradient_as_bucket_view=True)
+        self._parallel = ParallelTower(self.tower, parallel)
 
     def items(self, ids_U: Tensor) -> Tensor:
         """Rows [U, D] of the item table."""
@@ -49,9 +53,13 @@ class Recommender(nn.Module):
         vectors: Tensor = self._parallel(items_TD, sequence_context(batch, self.max_length, noise_key))
         return vectors
 
+    def exchanging(self, wanted: bool) -> AbstractContextManager[None]:
+        """Around `encode` and its backward: whether this backward averages; else its gradients stay on this rank."""
+        return self._parallel.exchanging(wanted)
+
     @torch.no_grad()
     def encode_local(self, items_TD: Tensor, batch: JaggedBatch) -> Tensor:
-        """As `encode` in evaluation, without any communication: ranks may call it any number of times."""
+        """As `encode` in evaluation; where the tower is sharded, all ranks call it equally often."""
         vectors: Tensor = self.tower(items_TD, sequence_context(batch, self.max_length, noise_key=None))
         return vectors
 

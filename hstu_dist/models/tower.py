@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hstu_dist.models.config import HSTUConfig, TransformerConfig
-from hstu_dist.models.context import SequenceContext
+from hstu_dist.models.context import Context
 from hstu_dist.models.hstu import HSTU
 from hstu_dist.models.transformer import Transformer
 from hstu_dist.ops import backends
@@ -43,7 +43,7 @@ class Tower(nn.Module):
             self.encoder = Transformer(config, backend, self.rows)
         self.to(device)
 
-    def forward(self, items_TD: Tensor, context: SequenceContext) -> Tensor:
+    def forward(self, items_TD: Tensor, context: Context) -> Tensor:
         """Unit vectors that score the item after each event.
 
         Args:
