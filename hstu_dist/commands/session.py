@@ -13,6 +13,7 @@ from hstu_dist.data.config import BatchingConfig, LoaderConfig
 from hstu_dist.data.dataset import SequenceDataset
 from hstu_dist.data.loader import BatchLoader, Shard, popularity
 from hstu_dist.data.split import Split
+from hstu_dist.distributed.parallel import DenseSettings
 from hstu_dist.distributed.process_group import World
 from hstu_dist.distributed.recommender import Recommender
 from hstu_dist.models.flops import Workload, count_flops
@@ -45,9 +46,8 @@ class Session:
     def build(cls, config: RunConfig, world: World) -> Session:
         """Opens the data and builds the model, the same at any world size for a seed."""
         dataset = SequenceDataset.open(config.data.path)
-        recommender = Recommender(
-            dataset.num_items, config.model, config.embedding, world.device, config.seed, config.trainer.parallel
-        )
+        dense = DenseSettings(parallel=config.trainer.parallel, precision=config.trainer.precision)
+        recommender = Recommender(dataset.num_items, config.model, config.embedding, world.device, config.seed, dense)
         optimizers = Optimizers(recommender.tower, recommender.table.optimizer, config.optimizer)
         decay = config.optimizer.average_decay
         average = None if decay is None else WeightAverage(_weights(recommender), decay)

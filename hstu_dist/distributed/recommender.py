@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hstu_dist.batch import JaggedBatch
-from hstu_dist.distributed.config import EmbeddingConfig, ParallelConfig
-from hstu_dist.distributed.parallel import ParallelTower
+from hstu_dist.distributed.config import EmbeddingConfig
+from hstu_dist.distributed.parallel import DenseSettings, ParallelTower
 from hstu_dist.distributed.tables import ItemTable, TableShape
 from hstu_dist.models.config import HSTUConfig, TransformerConfig
 from hstu_dist.models.context import sequence_context
@@ -28,7 +28,7 @@ class Recommender(nn.Module):
         embedding: EmbeddingConfig,
         device: torch.device,
         seed: int,
-        parallel: ParallelConfig,
+        dense: DenseSettings,
     ) -> None:
         super().__init__()
         self.num_items = num_items
@@ -36,7 +36,7 @@ class Recommender(nn.Module):
         self.table = ItemTable(TableShape(num_items, model.width), embedding, device, seed)
         torch.manual_seed(seed)
         self.tower = Tower(model, device)
-        self._parallel = ParallelTower(self.tower, parallel)
+        self._parallel = ParallelTower(self.tower, dense)
 
     def encode(self, items_TD: Tensor, batch: JaggedBatch, noise_key: int) -> Tensor:
         """Unit vectors [T, D] that score the item after each event; the backward averages over ranks.
@@ -56,7 +56,7 @@ class Recommender(nn.Module):
     @torch.no_grad()
     def encode_local(self, items_TD: Tensor, batch: JaggedBatch) -> Tensor:
         """As `encode` in evaluation; where the tower is sharded, all ranks call it equally often."""
-        vectors: Tensor = self.tower(items_TD, sequence_context(batch, self.max_length, noise_key=None))
+        vectors: Tensor = self._parallel.local(items_TD, sequence_context(batch, self.max_length, noise_key=None))
         return vectors
 
     @torch.no_grad()
