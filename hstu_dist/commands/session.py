@@ -72,6 +72,7 @@ class Session:
             batching=trainer.batching if training else BatchingConfig(),
             cost=sequence_cost(self.training_flops),
             stochastic_length=self.config.data.stochastic_length if training else None,
+            emission=trainer.emission if training else None,
         )
         return BatchLoader(self.dataset, settings, Shard(rank=self.world.rank, world_size=self.world.size))
 

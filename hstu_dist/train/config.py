@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from hstu_dist.data.config import BatchingConfig
+from hstu_dist.data.config import BatchingConfig, EmissionConfig
 from hstu_dist.distributed.config import ParallelConfig
 from hstu_dist.machine import Precision
 from hstu_dist.validation import STRICT
@@ -151,6 +151,7 @@ class TrainerConfig:
             read once, after the last epoch.
         global_batch_size: sequences of one step, over all ranks; on average, if `batching` is not by sequences.
         batching: how an epoch is cut into steps, and a step's sequences are shared out among the ranks.
+        emission: generative training with sequences emitted at a rate of 1/n; null: every sequence once an epoch.
         precision: arithmetic of the tower: float32; tf32, whose matrix products round float32 to TF32 on the way in
             (GPUs from Ampere on); bfloat16, whose activations and matrix products are bfloat16 with float32 sums.
             Parameters, gradients between ranks, optimizers, tables and the loss are float32 with all of them.
@@ -169,6 +170,7 @@ class TrainerConfig:
     train_on: Literal["train", "train_validation"] = "train"
     global_batch_size: int = Field(default=128, gt=0)
     batching: BatchingConfig = Field(default_factory=BatchingConfig)
+    emission: EmissionConfig | None = None
     precision: Precision = "float32"
     micro_batches: int = Field(default=1, gt=0)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)

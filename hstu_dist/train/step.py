@@ -19,7 +19,7 @@ from hstu_dist.losses.softmax import Candidates, softmax_loss, softmax_spec
 from hstu_dist.models.context import token_noise
 from hstu_dist.models.flops import Workload
 from hstu_dist.ops.jagged import IdSet
-from hstu_dist.ops.random import fold
+from hstu_dist.ops.random import TokenNoise, fold
 from hstu_dist.train.optimizer import Optimizers
 
 _NEGATIVES = 2
@@ -34,7 +34,7 @@ class StepResult:
     """What a step reports.
 
     Attributes:
-        loss_sum: this rank's sum of losses over its positions.
+        loss_sum: this rank's sum of losses over its positions that count.
         work: positions and attention pairs of all ranks.
         learning_rate: of the dense part.
     """
@@ -69,7 +69,7 @@ class TrainStep:
 
         Args:
             batch: this rank's share; may be empty.
-            work: positions and attention pairs of all shares together.
+            work: positions, attention pairs and context of all shares together.
             position: (steps taken, steps of the whole run).
 
         Raises:
@@ -100,7 +100,7 @@ class TrainStep:
         parts = batch.parts(self.micro_batches)
         if negatives is None:
             return [(part, None) for part in parts]
-        return list(zip(parts, negatives.split([part.num_tokens for part in parts]), strict=True))
+        return list(zip(parts, negatives.split([part.num_tokens - part.num_context for part in parts]), strict=True))
 
     def _accumulate(
         self,
@@ -126,23 +126,28 @@ class TrainStep:
                     queries_TD = self.recommender.encode(items_TD, part, noise_key=fold(self.seed, step, _DROPOUT))
                 with record_function("loss"):
                     places = None if negatives is None else needed.places(negatives)
-                    candidates = Candidates(rows_UD, needed.places(part.target_ids), places)
+                    targets = part.target_ids
+                    if part.trained is not None:
+                        queries_TD, targets = queries_TD[part.trained], targets[part.trained]
+                    candidates = Candidates(rows_UD, needed.places(targets), places)
                     loss_sum = softmax_loss(queries_TD, candidates, self.softmax)
                 total += loss_sum.detach()
                 # gradients are averaged over ranks; the mean wanted is over all positions of all ranks
-                (loss_sum * (self.world.size / max(1, work.tokens))).backward()
+                (loss_sum * (self.world.size / max(1, work.targets))).backward()
         return float(total)
 
     def _negatives(self, batch: JaggedBatch, step: int) -> Tensor | None:
         if isinstance(self.loss, FullSoftmaxConfig):
             return None
         noise = token_noise(batch, self.recommender.max_length, fold(self.seed, step, _NEGATIVES))
+        if batch.trained is not None:
+            noise = TokenNoise(noise.key, noise.tokens[batch.trained])
         return self.recommender.tower.rows.integers(noise, self.loss.num_negatives, self.recommender.num_items)
 
     def _needed(self, batch: JaggedBatch, negatives: Tensor | None, work: Workload) -> IdSet:
         num_items = self.recommender.num_items
         # where ranks draw each item many times over, finding the few that are missing costs more than it saves;
         # decided for all ranks together, so that the rows a step touches do not depend on their number
-        if negatives is None or work.tokens * negatives.shape[1] >= _DRAWS_OF_EVERYTHING * num_items:
+        if negatives is None or work.targets * negatives.shape[1] >= _DRAWS_OF_EVERYTHING * num_items:
             return IdSet.everything(num_items, batch.item_ids.device)
         return IdSet.of([batch.item_ids, batch.target_ids, negatives], num_items)
