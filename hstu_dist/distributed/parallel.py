@@ -98,7 +98,8 @@ def _shard(tower: Tower, settings: DenseSettings) -> FSDPModule:
     for layer in tower.encoder.get_submodule("layers").children():
         # gathered when its turn comes and freed after it, forward and backward
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    return fully_shard(tower, mesh=mesh, mp_policy=policy)
+    # freed as well: what an evaluation gathered may be other weights, such as averages, than those trained next
+    return fully_shard(tower, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
 def _mesh(device_type: str, shard_ranks: int | None) -> DeviceMesh:

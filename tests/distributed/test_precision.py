@@ -81,6 +81,7 @@ def test_gradients_are_those_of_float32_up_to_bfloat16_s_rounding(tiny_data: Pat
         assert (gradient - exact[name]).norm() < 0.03 * exact[name].norm(), name
 
 
+@pytest.mark.distributed
 def test_a_sharded_tower_rounds_alike(tiny_data: Path) -> None:
     parts = "trainer.micro_batches=2"
     copied, _ = run_ranks(2, train_in, tiny_data, "bfloat16", parts)
