@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hstu_dist.batch import JaggedBatch
-from hstu_dist.distributed.config import ITEM, EmbeddingConfig, ParallelConfig, TableOptimizerConfig, TableShape
+from hstu_dist.distributed.config import ITEM, EmbeddingConfig, TableOptimizerConfig, TableShape
+from hstu_dist.distributed.parallel import DenseSettings
 from hstu_dist.distributed.planner import build_tables
 from hstu_dist.distributed.process_group import World, process_group
 from hstu_dist.distributed.recommender import Recommender
@@ -95,7 +96,7 @@ def saved_bytes(model: HSTUConfig | TransformerConfig, sequences: int) -> int:
 
 def _step(job: Job, world: World) -> TrainStep:
     tables = build_tables(job.embedding, {ITEM: TableShape(job.num_items, job.model.width)}, world.device, 1)
-    recommender = Recommender(tables, job.model, world.device, 1, ParallelConfig())
+    recommender = Recommender(tables, job.model, world.device, 1, DenseSettings())
     optimizers = Optimizers(recommender.tower, recommender.tables.optimizer, OptimizerConfig())
     step = TrainStep(recommender, job.loss, optimizers, world, 1)
     lengths = [_LENGTH] * job.sequences_of(world.size)

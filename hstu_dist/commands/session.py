@@ -13,6 +13,7 @@ from hstu_dist.data.config import BatchingConfig, LoaderConfig
 from hstu_dist.data.dataset import SequenceDataset
 from hstu_dist.data.loader import BatchLoader, Shard, popularity
 from hstu_dist.data.split import Split
+from hstu_dist.distributed.parallel import DenseSettings
 from hstu_dist.distributed.planner import build_tables
 from hstu_dist.distributed.process_group import World
 from hstu_dist.distributed.recommender import Recommender
@@ -49,7 +50,8 @@ class Session:
         dataset = SequenceDataset.open(config.data.path)
         shapes = table_shapes(config, dataset.num_items)
         tables = build_tables(config.embedding, shapes, world.device, config.seed, memory_limit(config))
-        recommender = Recommender(tables, config.model, world.device, config.seed, config.trainer.parallel)
+        dense = DenseSettings(parallel=config.trainer.parallel, precision=config.trainer.precision)
+        recommender = Recommender(tables, config.model, world.device, config.seed, dense)
         optimizers = Optimizers(recommender.tower, recommender.tables.optimizer, config.optimizer)
         decay = config.optimizer.average_decay
         average = None if decay is None else WeightAverage(_weights(recommender), decay)

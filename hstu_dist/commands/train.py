@@ -18,7 +18,7 @@ from hstu_dist.commands.session import Session
 from hstu_dist.config import RunConfig, to_dict
 from hstu_dist.data.split import Split
 from hstu_dist.distributed.agreement import check_machines_agree
-from hstu_dist.distributed.process_group import World, claim_machine, process_group
+from hstu_dist.distributed.process_group import World, claim_machine, claim_precision, process_group
 from hstu_dist.distributed.table_plan import PLAN_FILE
 from hstu_dist.errors import UserError
 from hstu_dist.preflight import preflight
@@ -53,6 +53,7 @@ def train(config: RunConfig, say: Callable[[str], None]) -> None:
                 say(finished_report(config, result))
             return
         claim_machine(config.trainer.threads, world)
+        claim_precision(config.trainer.precision, world.device)
         with _locked(folder, world):
             _run(config, world, folder, say)
 
@@ -134,7 +135,7 @@ def _fit(session: Session, checkpoints: CheckpointManager, state: TrainState, fo
             epochs=config.trainer.epochs,
             stop_epoch=config.trainer.stop_epoch,
             world=world,
-            peak_flops=job_peak_flops(config.trainer.peak_flops, world),
+            peak_flops=job_peak_flops(config.trainer.peak_flops, config.trainer.precision, world),
             hooks=[
                 LogHook(config.trainer.logging, log, session.training_flops),
                 *([] if session.average is None else [AverageHook(session.average)]),

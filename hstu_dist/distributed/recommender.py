@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hstu_dist.batch import JaggedBatch
-from hstu_dist.distributed.config import ITEM, ParallelConfig
-from hstu_dist.distributed.parallel import ParallelTower
+from hstu_dist.distributed.config import ITEM
+from hstu_dist.distributed.parallel import DenseSettings, ParallelTower
 from hstu_dist.distributed.tables import EmbeddingTables
 from hstu_dist.models.config import HSTUConfig, TransformerConfig
 from hstu_dist.models.context import sequence_context
@@ -27,7 +27,7 @@ class Recommender(nn.Module):
         model: HSTUConfig | TransformerConfig,
         device: torch.device,
         seed: int,
-        parallel: ParallelConfig,
+        dense: DenseSettings,
     ) -> None:
         super().__init__()
         self.num_items = tables.specs[ITEM].shape.num_rows
@@ -35,7 +35,7 @@ class Recommender(nn.Module):
         self.tables = tables
         torch.manual_seed(seed)
         self.tower = Tower(model, device)
-        self._parallel = ParallelTower(self.tower, parallel)
+        self._parallel = ParallelTower(self.tower, dense)
 
     def items(self, ids_U: Tensor) -> Tensor:
         """Rows [U, D] of the item table."""
@@ -60,7 +60,7 @@ class Recommender(nn.Module):
     @torch.no_grad()
     def encode_local(self, items_TD: Tensor, batch: JaggedBatch) -> Tensor:
         """As `encode` in evaluation; where the tower is sharded, all ranks call it equally often."""
-        vectors: Tensor = self.tower(items_TD, sequence_context(batch, self.max_length, noise_key=None))
+        vectors: Tensor = self._parallel.local(items_TD, sequence_context(batch, self.max_length, noise_key=None))
         return vectors
 
     @torch.no_grad()
