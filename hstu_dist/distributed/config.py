@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from dataclasses import dataclass as plain_dataclass
 from typing import Any, Literal
 
@@ -208,6 +209,11 @@ class TableSpec:
     def stored_width(self) -> int:
         """Elements of a stored row."""
         return stored_width(self.shape.width)
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint of the table depends on, as plain values."""
+        shape = {"rows": self.shape.num_rows, "width": self.shape.width, "dtype": self.config.dtype}
+        return {**shape, "optimizer": asdict(self.optimizer)}
 
     def weight_bytes(self, rows: int, columns: int) -> int:
         """Bytes of a part of the table."""

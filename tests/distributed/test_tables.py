@@ -19,6 +19,7 @@ from hstu_dist.distributed.config import ITEM, EmbeddingConfig, FurtherTableConf
 from hstu_dist.distributed.planner import build_tables
 from hstu_dist.distributed.process_group import process_group
 from hstu_dist.distributed.tables import EmbeddingTables
+from hstu_dist.errors import UserError
 from tests.distributed.cases import whole
 from tests.distributed.ranks import run_ranks
 
@@ -341,3 +342,33 @@ def test_weights_state_and_step_move_between_numbers_of_ranks(world_size: int, u
             assert loaded.state.keys() == written.state.keys()
             assert all(torch.equal(loaded.state[name], written.state[name]) for name in written.state), case
     assert saved[8]["adamw"].step == 3 and saved[8]["adamw"].state["exp_avg_sq"].all()
+
+
+def load_changed(folder: Path, embedding: dict[str, Any], shape: TableShape) -> str:
+    with process_group("cpu", 60):
+        config = EmbeddingConfig(**{"optimizer": optimizer_of("adamw"), **embedding})
+        tables = build_tables(config, {ITEM: shape}, torch.device("cpu"), seed=6)
+        before = weights_of(tables)
+        with pytest.raises(UserError) as caught:
+            CheckpointManager(folder, keep=1).load(3, tensors_of(tables))
+        assert torch.equal(weights_of(tables), before) and caught.value.remedy
+        return caught.value.problem
+
+
+CHANGED: dict[str, tuple[dict[str, Any], TableShape, str]] = {
+    "rows": ({}, TableShape(6, 4), ": got F32 of shape (5, 4), expected F32 of shape (6, 4)"),
+    "width": ({}, TableShape(5, 8), ": got F32 of shape (5, 4), expected F32 of shape (5, 8)"),
+    "dtype": ({"dtype": "fp16"}, UNEVEN, ".weight: got F32 of shape (5, 4), expected F16 of shape (5, 4)"),
+    "less state": ({"optimizer": optimizer_of("rowwise_adagrad")}, UNEVEN, ".momentum1: got F32 of shape (5, 4)"),
+    "another state": ({"optimizer": optimizer_of("rowwise_adamw")}, UNEVEN, ".exp_avg_sq: got F32 of shape (5, 4)"),
+    "no state": ({"optimizer": optimizer_of("sgd")}, UNEVEN, ".momentum1: got F32 of shape (5, 4), expected nothing"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_changed_table_is_refused_in_one_line_and_left_alone(change: str, uneven: Any) -> None:
+    folder, _ = uneven
+    embedding, shape, problem = CHANGED[change]
+    said = run_ranks(2, load_changed, folder / "adamw-2", embedding, shape)
+    assert said[0] == said[1] and said[0].startswith(f"checkpoint {folder / 'adamw-2'}"), said
+    assert problem in said[0] and "collection.embeddings.item" in said[0]
