@@ -104,6 +104,11 @@ def check_device(specs: Mapping[str, TableSpec], device: torch.device) -> None:
         lacking = spec.config.needs_cuda()
         if lacking is not None and device.type != "cuda":
             raise UserError(f"embedding table {name}: {lacking}", "use compute_kernel=fused and dtype=fp32 or fp16")
+        if spec.config.compute_kernel == "key_value":
+            raise UserError(
+                f"embedding table {name}: compute_kernel: got key_value, whose rows no checkpoint can hold",
+                "use compute_kernel=fused_uvm_caching; `python -m hstu_dist plan` counts key_value",
+            )
 
 
 def _is_whole(plan: EmbeddingPlan, table: str, device: torch.device) -> bool:
