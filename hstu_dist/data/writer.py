@@ -31,6 +31,7 @@ from hstu_dist.files import is_disk_full, sync
 
 # one row group is in memory at once; its lists must stay below 2^31 events
 EVENTS_PER_ROW_GROUP = 1_000_000
+IDS_PER_ROW_GROUP = 1 << 20
 
 Ints = npt.NDArray[np.int64]
 
@@ -148,18 +149,28 @@ class VocabularyWriter:
         raw_type = pa.string() if pa.types.is_large_string(raw_type) else raw_type
         self._schema = vocabulary_schema(raw_type)
         self._parquet = _parquet_writer(file, self._schema)
+        self._waiting = self._schema.empty_table()
         self.size = 0
 
     def write(self, raw: pa.Array, counts: pa.Array) -> None:
-        """The next ids."""
+        """The next ids, any number of them: row groups do not depend on how they come."""
         ids = pa.array(np.arange(self.size, self.size + len(raw), dtype=np.int64))
         arrays = [ids, raw.cast(self._schema.field("raw").type), counts]
-        self._parquet.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
+        self._waiting = pa.concat_tables([self._waiting, pa.Table.from_arrays(arrays, schema=self._schema)])
         self.size += len(raw)
+        while len(self._waiting) >= IDS_PER_ROW_GROUP:
+            self._write(self._waiting.slice(0, IDS_PER_ROW_GROUP))
+            self._waiting = self._waiting.slice(IDS_PER_ROW_GROUP)
 
     def close(self) -> None:
         """Finish the file."""
+        if len(self._waiting):
+            self._write(self._waiting)
         self._parquet.close()
+
+    def _write(self, table: pa.Table) -> None:
+        # pages are cut where chunks end
+        self._parquet.write_table(table.combine_chunks(), row_group_size=IDS_PER_ROW_GROUP)
 
 
 def row_groups(lengths: Ints) -> Iterator[Ints]:
