@@ -17,11 +17,11 @@ from hstu_dist.commands.session import Session
 from hstu_dist.config import RunConfig, to_dict
 from hstu_dist.data.split import Split
 from hstu_dist.distributed.agreement import check_machines_agree
-from hstu_dist.distributed.process_group import World, claim_machine, process_group
+from hstu_dist.distributed.process_group import World, claim_machine, claim_precision, process_group
 from hstu_dist.errors import UserError
 from hstu_dist.preflight import preflight
 from hstu_dist.run_folder import RunFolder
-from hstu_dist.train.hooks import CheckpointHook, EvaluateHook, LogHook, ProfileHook, TrackTestHook
+from hstu_dist.train.hooks import AverageHook, CheckpointHook, EvaluateHook, LogHook, ProfileHook, TrackTestHook
 from hstu_dist.train.metrics_log import MetricsLog
 from hstu_dist.train.state import TrainState
 from hstu_dist.train.step import TrainStep
@@ -51,6 +51,7 @@ def train(config: RunConfig, say: Callable[[str], None]) -> None:
                 say(finished_report(config, result))
             return
         claim_machine(config.trainer.threads, world)
+        claim_precision(config.trainer.precision, world.device)
         with _locked(folder, world):
             _run(config, world, folder, say)
 
@@ -113,7 +114,9 @@ def _announce(session: Session, state: TrainState, say: Callable[[str], None]) -
 def _fit(session: Session, checkpoints: CheckpointManager, state: TrainState, folder: RunFolder) -> bool:
     """Trains to the end; False if somebody asked to stop."""
     config, world = session.config, session.world
-    step = TrainStep(session.recommender, config.loss, session.optimizers, world, config.seed)
+    step = TrainStep(
+        session.recommender, config.loss, session.optimizers, world, config.seed, config.trainer.micro_batches
+    )
     with contextlib.ExitStack() as stack:
         # one rank looks for the file; the ranks agree before each step
         stop_requested = stack.enter_context(stop_requests(folder.stop_file if world.is_main else None))
@@ -128,9 +131,10 @@ def _fit(session: Session, checkpoints: CheckpointManager, state: TrainState, fo
             epochs=config.trainer.epochs,
             stop_epoch=config.trainer.stop_epoch,
             world=world,
-            peak_flops=job_peak_flops(config.trainer.peak_flops, world),
+            peak_flops=job_peak_flops(config.trainer.peak_flops, config.trainer.precision, world),
             hooks=[
                 LogHook(config.trainer.logging, log, session.training_flops),
+                *([] if session.average is None else [AverageHook(session.average)]),
                 ProfileHook(config.trainer.profile, folder.path),
                 *_evaluation_hooks(session, log),
                 CheckpointHook(config.trainer.checkpoint, checkpoints, session.tensors),

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hstu_dist.models.config import HSTUConfig
-from hstu_dist.models.context import SequenceContext
-from hstu_dist.ops.attention import hstu_attention
+from hstu_dist.models.context import Context, QueriesKeysValues, SequenceContext
 from hstu_dist.ops.bias import NUM_TIME_BUCKETS, RelativeBias
 from hstu_dist.ops.block import BlockBatch, BlockSpec, hstu_block
 from hstu_dist.ops.random import Drop
@@ -65,23 +64,20 @@ class HSTULayer(nn.Module):
         if self.uvqk.bias is not None:
             nn.init.zeros_(self.uvqk.bias)
 
-    def forward(self, x_TD: Tensor, context: SequenceContext, layer: int) -> Tensor:
+    def forward(self, x_TD: Tensor, context: Context, layer: int) -> Tensor:
         """[T, D] → [T, D]; `layer` tells the random streams of the layers apart."""
         noise = None if context.noise is None else context.noise.stream(layer)
         drop = drop_of(noise, self.dropout)
-        if self.fused:
+        # one operation where something is kept for a backward, and all keys and values are of this batch
+        if self.fused and torch.is_grad_enabled() and isinstance(context, SequenceContext) and context.memory is None:
             return self._block(x_TD, context, drop)
         T, H = x_TD.shape[0], self.heads
         HV, HQ = H * self.value_width, H * self.qk_width
         u, v, q, k = project_silu(x_TD, self._projection(), (HV, HV, HQ, HQ), self.rows)
-        attended_THV = hstu_attention(
-            q.view(T, H, self.qk_width),
-            k.view(T, H, self.qk_width),
-            v.view(T, H, self.value_width),
-            context.layout,
-            self.spec,
-            self._bias(context),
+        qkv = QueriesKeysValues(
+            q.view(T, H, self.qk_width), k.view(T, H, self.qk_width), v.view(T, H, self.value_width)
         )
+        attended_THV = context.attend(layer, qkv, self.spec, self._bias(context))
         return self._output(x_TD, attended_THV.flatten(1), u, drop)
 
     def _block(self, x_TD: Tensor, context: SequenceContext, drop: Drop | None) -> Tensor:
@@ -113,7 +109,7 @@ class HSTULayer(nn.Module):
         projected: Tensor = self.output(dropout(gated, drop, self.rows))
         return x_TD + projected
 
-    def _bias(self, context: SequenceContext) -> RelativeBias | None:
+    def _bias(self, context: Context) -> RelativeBias | None:
         if self.position_weight is None:
             return None
         if self.time_weight is None:
@@ -133,7 +129,7 @@ class HSTU(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(HSTULayer(config, backend, rows) for _ in range(config.num_layers))
 
-    def forward(self, x_TD: Tensor, context: SequenceContext) -> Tensor:
+    def forward(self, x_TD: Tensor, context: Context) -> Tensor:
         """[T, D] → [T, D]."""
         for index, layer in enumerate(self.layers):
             x_TD = layer(x_TD, context, index)
