@@ -1,18 +1,18 @@
-"""README.md's short tables and docs/results.md, rendered from the committed result files of a checkout."""
+"""README.md's digest and docs/results.md, rendered from the committed result files of a checkout."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hstu_dist.errors import UserError
 from hstu_dist.files import write_atomically
 from hstu_dist.report.plots import Curves, save_curves
 from hstu_dist.report.results import Results, Row, load
-from hstu_dist.report.tables import ratios_table, rows_table
+from hstu_dist.report.tables import digest_table, ratios_table, rows_table
 
 _BEGIN, _END = "<!-- results:begin -->\n", "<!-- results:end -->"
 
@@ -24,12 +24,14 @@ class Topic:
     Attributes:
         title: heading.
         note: what a reader must know to read its figures.
-        metrics: columns of a table of rows in README.md; none: ratios alone.
+        metrics: columns of a table of rows in README.md; none: its line in the digest alone.
+        headlines: what the digest quotes, `text → (case, metric, a, b)` of a ratio.
     """
 
     title: str
-    note: str
+    note: str = ""
     metrics: tuple[str, ...] = ()
+    headlines: Mapping[str, tuple[str, str, str, str]] = field(default_factory=dict)
 
 
 TOPICS: Mapping[str, Topic] = {
@@ -43,7 +45,29 @@ TOPICS: Mapping[str, Topic] = {
         metrics=("hr@10", "ndcg@10", "hr@50", "hr@200"),
     ),
     "attention_cpu": Topic(
-        title="Attention on a CPU", note="fp32; a ratio above 1 means that the first contender is faster or smaller."
+        title="Attention on a CPU",
+        note="fp32; a ratio above 1 means that the first contender is faster or smaller.",
+        headlines={
+            "training on 8,192 tokens, native over PyTorch's flash attention:": (
+                "B2 H4 N8192 d64",
+                "forward+backward rate",
+                "native",
+                "sdpa_padded",
+            ),
+            "ML-1M with relative bias, native over padded PyTorch:": (
+                "B128 H1 lengths of ML-1M d50, position and time bias",
+                "forward+backward rate",
+                "native",
+                "padded_eager",
+            ),
+        },
+    ),
+    "train_step": Topic(
+        title="A training step of MovieLens-1M",
+        note="Batch 128, fp32, time and memory against their limits, and the parts of the step.",
+        headlines={
+            "HSTU-large, 2 ranks, limit of 0.35 s over time:": ("HSTU-large, 2 x 1 threads", "step", "0.35 s", "step")
+        },
     ),
     "data": Topic(
         title="Data",
@@ -51,6 +75,7 @@ TOPICS: Mapping[str, Topic] = {
         "histories padded to the longest, log-normal before they are cut, with a median of 3,443 and a sigma of 1.8 "
         "that were fitted to the paper's four figures.",
     ),
+    "checkpoint": Topic(title="Checkpoints", note="A ratio above 1, or above its target, means better than the limit."),
     "plan": Topic(
         title="Capacity planner",
         note="Time and memory of `python -m hstu_dist plan` itself, and what it predicts against what was measured: "
@@ -80,7 +105,7 @@ class Checkout:
 
     @property
     def readme(self) -> Path:
-        """The page with the short tables."""
+        """The page with the digest."""
         return self.root / "README.md"
 
     @property
@@ -140,11 +165,16 @@ def embed(page: str, tables: str) -> str:
 
 
 def summary(checkout: Checkout) -> str:
-    """Markdown for README.md: chosen rows, and ratios that have a target."""
-    parts = [_summary_of(name, results) for name, results in checkout.measured().items()]
-    if not parts:
+    """Markdown for README.md: chosen rows, then a line per result file with what it missed."""
+    measured = checkout.measured()
+    if not measured:
         return "No result file is committed yet; `python -m benchmarks --help` lists what can be measured.\n"
-    return "\n".join([*parts, "Every figure: [docs/results.md](docs/results.md).\n"])
+    rows = [_rows_of(name, results) for name, results in measured.items() if _topic(name).metrics]
+    lines = digest_table(
+        [(_topic(name).title, _headlines(name, results), results) for name, results in measured.items()]
+    )
+    where = "Every figure, with command, commit and date: [docs/results.md](docs/results.md).\n"
+    return "\n".join([*rows, lines, where])
 
 
 def everything(checkout: Checkout) -> str:
@@ -167,14 +197,14 @@ def learning_curves(cells: list[Results]) -> Curves:
     return curves
 
 
-def _summary_of(name: str, results: Results) -> str:
+def _rows_of(name: str, results: Results) -> str:
     topic = _topic(name)
-    parts = [f"**{topic.title}.** {topic.note}".rstrip()]
-    if topic.metrics:
-        parts.append(rows_table(results, topic.metrics).rstrip())
-    if any(ratio.target is not None for ratio in results.ratios):
-        parts.append(ratios_table(results, with_target_only=True).rstrip())
-    return "\n\n".join([*parts, _origin(results)]) + "\n"
+    return f"**{topic.title}.** {topic.note}\n\n{rows_table(results, topic.metrics)}\n{_origin(results)}\n"
+
+
+def _headlines(name: str, results: Results) -> dict[str, float]:
+    found = {(ratio.case, ratio.metric, ratio.a, ratio.b): ratio.value for ratio in results.ratios}
+    return {text: found[key] for text, key in _topic(name).headlines.items() if key in found}
 
 
 def _section(checkout: Checkout, name: str, results: Results) -> str:

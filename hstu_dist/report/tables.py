@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from hstu_dist.report.results import Results, Row
 
 
@@ -19,21 +21,31 @@ def rows_table(results: Results, metrics: tuple[str, ...] | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def ratios_table(results: Results, with_target_only: bool = False) -> str:
-    """Markdown table of the ratios; a missed target stays in it and says so.
-
-    Args:
-        results: what was measured.
-        with_target_only: leave out ratios that are only reported.
-    """
+def ratios_table(results: Results) -> str:
+    """Markdown table of the ratios; a missed target stays in it and says so."""
     lines = [_line("case", "metric", "ratio", "value", "target", ""), _line("---", "---", "---", "---:", "---:", "---")]
     verdict = {True: "met", False: "**missed**", None: ""}
     for ratio in results.ratios:
-        if with_target_only and ratio.target is None:
-            continue
         target = "" if ratio.target is None else f"{ratio.target:g}"
         names = f"{ratio.a} / {ratio.b}"
         lines.append(_line(ratio.case, ratio.metric, names, _ratio(ratio.value), target, verdict[ratio.met]))
+    return "\n".join(lines) + "\n"
+
+
+def digest_table(entries: Sequence[tuple[str, Mapping[str, float], Results]]) -> str:
+    """Markdown table with a line per result file: what is worth quoting, how many targets it met, which it missed.
+
+    Args:
+        entries: (title, headline → value of a ratio, results).
+    """
+    lines = [_line("measured", "of note", "targets met", "missed", "on"), _line("---", "---", "---:", "---", "---")]
+    for title, headlines, results in entries:
+        held = [ratio for ratio in results.ratios if ratio.target is not None]
+        missed = [r for r in held if not r.met]
+        of_note = "; ".join(f"{text} {_ratio(value)}" for text, value in headlines.items())
+        met = f"{len(held) - len(missed)} of {len(held)}" if held else ""
+        short = "; ".join(f"{r.case}, {r.metric}, {r.a} / {r.b}: {_ratio(r.value)} of {r.target:g}" for r in missed)
+        lines.append(_line(title, of_note, met, short, f"{results.device}, {results.date[:10]}"))
     return "\n".join(lines) + "\n"
 
 

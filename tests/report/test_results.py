@@ -109,7 +109,7 @@ def test_tables_show_every_row_and_every_miss() -> None:
     ratios = ratios_table(sample()).splitlines()
     assert ratios[3] == "| B2 N8 | forward rate | native / sdpa | 1.25 | 2 | **missed** |"
     assert len(ratios) == 2 + 3
-    assert "native again" in ratios[4] and len(ratios_table(sample(), with_target_only=True).splitlines()) == 2 + 2
+    assert "native again" in ratios[4]
     assert "blocked" not in rows_table(sample(), ("peak extra memory",))
     # hit rates differ in the third decimal
     rates = replace(
