@@ -206,7 +206,7 @@ def save_lengths(lengths: npt.NDArray[np.int64], cut: int, title: str, stem: Pat
     places = np.unique(np.searchsorted(ordered, edges, side="right").clip(1)) - 1
     right.plot(ordered[places], np.cumsum(ordered)[places] / ordered.sum(), color="#4878a8")
     right.set_ylim(0, 1)
-    right.set_ylabel("share of events in sequences up to this length")
+    right.set_ylabel("share of events, up to this length")
     for panel in (left, right):
         panel.set_xscale("log")
         panel.axvline(cut, color="black", linestyle="--", linewidth=0.8)
