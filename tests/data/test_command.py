@@ -31,7 +31,8 @@ def test_a_data_set_with_a_plot_of_lengths(tmp_path: Path) -> None:
     said = run(tmp_path, "engine=duckdb", "memory_gib=1")
     plot = tmp_path / "set" / "lengths.png"
     assert said == [
-        f"{tmp_path / 'set'}: 2 users, 3 items, 4 events, sequences of 2.0 events on average, 3 at most; lengths: {plot}"
+        f"{tmp_path / 'set'}: 2 users, 3 items, 4 events, sequences of 2.0 events on average, 3 at most; "
+        f"lengths: {plot}"
     ]
     before = plot.stat().st_mtime_ns
     assert plot.read_bytes().startswith(b"\x89PNG")
