@@ -226,7 +226,13 @@ _MAY_CHANGE = (
     "trainer.device",
     "trainer.batching.balance",
 )
-_MAY_CHANGE_GROUPS = ("trainer.logging", "trainer.checkpoint", "trainer.profile", "trainer.timeout_seconds")
+_MAY_CHANGE_GROUPS = (
+    "trainer.logging",
+    "trainer.checkpoint",
+    "trainer.profile",
+    "trainer.guard",
+    "trainer.timeout_seconds",
+)
 
 
 def difference(old: RunConfig, new: RunConfig) -> list[str]:

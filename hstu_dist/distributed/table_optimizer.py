@@ -80,6 +80,10 @@ class TableOptimizer:
             optimizer.step()
             _set_step(optimizer, int(self.step))
 
+    def take_back(self) -> None:
+        """Ends a step without a backward: the next one has its number."""
+        self.step -= 1
+
     def state_tensors(self) -> dict[str, Any]:
         """State of all rows, sharded like the table, and the number of steps where the update depends on it."""
         tensors: dict[str, Any] = {}

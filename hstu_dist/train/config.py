@@ -135,6 +135,20 @@ class ProfileConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class GuardConfig:
+    """What a run says and does about trouble that does not end it at once.
+
+    Attributes:
+        max_refused: such a step changes nothing on any rank and its batch is saved; the run stops after so many of
+            them in a row.
+        slow_ratio: warn when a rank's forward takes so many times as long as the median rank's; null: never.
+    """
+
+    max_refused: int = Field(default=3, ge=1)
+    slow_ratio: float | None = Field(default=1.5, gt=1)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainerConfig:
     """The loop.
 
@@ -167,6 +181,7 @@ class TrainerConfig:
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     profile: ProfileConfig = Field(default_factory=ProfileConfig)
+    guard: GuardConfig = Field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:
         if self.stop_epoch is not None and self.stop_epoch > self.epochs:

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from hstu_dist.distributed.table_optimizer import TableOptimizer
-from hstu_dist.errors import UserError
 from hstu_dist.train.config import OptimizerConfig, ScheduleConfig
 
 
@@ -57,21 +56,19 @@ class Optimizers:
         self.dense.zero_grad()
         return factor
 
-    def step(self) -> None:
-        """Clips if configured and updates the dense part.
+    def gradient_norm(self) -> torch.Tensor:
+        """Norm of the dense gradient, a scalar; not finite if any element is not. Under DDP all ranks have the same."""
+        return torch.nn.utils.get_total_norm([p.grad for p in self.names if p.grad is not None])
 
-        Raises:
-            UserError: the gradient's norm, which clipping needs, is NaN or infinite.
-        """
+    def step(self, norm: torch.Tensor) -> None:
+        """Clips if configured and updates the dense part; `norm` is that of the gradient."""
         if self.config.clip_norm is not None:
-            # under DDP every rank holds the same averaged gradient, so every rank clips alike
-            norm = torch.nn.utils.clip_grad_norm_(list(self.names), self.config.clip_norm)
-            if not norm.isfinite():
-                raise UserError(
-                    f"the norm of the dense gradient is {float(norm)}",
-                    "lower the learning rates; the last checkpoint is intact",
-                )
+            torch.nn.utils.clip_grads_with_norm_(list(self.names), self.config.clip_norm, norm)
         self.dense.step()
+
+    def take_back(self) -> None:
+        """Ends a step that `prepare` began and nothing was updated in."""
+        self.table.take_back()
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """Moments and step counts of the dense part, `name.moment` → tensor; created if no step was taken yet."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
 from hstu_dist.batch import JaggedBatch
 from hstu_dist.distributed.process_group import World
 from hstu_dist.distributed.recommender import Recommender
-from hstu_dist.errors import UserError
 from hstu_dist.losses.config import FullSoftmaxConfig, SampledSoftmaxConfig
 from hstu_dist.losses.softmax import Candidates, softmax_loss, softmax_spec
 from hstu_dist.models.context import token_noise
@@ -18,6 +20,7 @@ from hstu_dist.models.flops import Workload
 from hstu_dist.ops.jagged import IdSet
 from hstu_dist.ops.random import fold
 from hstu_dist.train.optimizer import Optimizers
+from hstu_dist.train.stopwatch import Stopwatch
 
 _NEGATIVES = 2
 _DROPOUT = 3
@@ -27,18 +30,54 @@ _DRAWS_OF_EVERYTHING = 8
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """A step that was not taken, because a loss or a gradient of any rank was not finite.
+
+    Attributes:
+        batch: this rank's share.
+        work: positions and attention pairs of all shares together.
+        reason: the same on all ranks.
+    """
+
+    batch: JaggedBatch
+    work: Workload
+    reason: str
+
+
+@dataclass(frozen=True)
 class StepResult:
     """What a step reports.
 
     Attributes:
-        loss_sum: this rank's sum of losses over its positions.
-        work: positions and attention pairs of all ranks.
+        loss_sum: this rank's sum of losses over its positions; 0 for a refused step.
+        work: positions and attention pairs of all ranks that were trained on; none for a refused step.
         learning_rate: of the dense part.
+        forward_seconds: this rank's time for encoding and loss, which waits for no other rank.
+        refusal: why nothing was updated, on all ranks alike; None for a step like any other.
     """
 
     loss_sum: float
     work: Workload
     learning_rate: float
+    forward_seconds: float = 0.0
+    refusal: Refusal | None = None
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What a step computed before it updates anything; the dense part's gradient lies with its parameters.
+
+    Attributes:
+        loss_sum: this rank's sum of losses over its positions.
+        looked_up_UD: rows as they came from the table, whose backward updates it.
+        rows_UD: the same rows with their gradient.
+        seconds: for encoding and loss.
+    """
+
+    loss_sum: float
+    looked_up_UD: Tensor
+    rows_UD: Tensor
+    seconds: float
 
 
 class TrainStep:
@@ -60,42 +99,67 @@ class TrainStep:
         self.seed = seed
 
     def __call__(self, batch: JaggedBatch, work: Workload, position: tuple[int, int]) -> StepResult:
-        """Updates the model on one global batch.
+        """Updates the model on one global batch, unless a loss or gradient of any rank is not finite, twice.
 
         Args:
             batch: this rank's share; may be empty.
             work: positions and attention pairs of all shares together.
             position: (steps taken, steps of the whole run).
-
-        Raises:
-            UserError: the loss is NaN or infinite.
         """
         step, total_steps = position
         factor = self.optimizers.prepare(step, total_steps)
+        gradient = self.gradient(batch, work, step)
+        reason = self._objection(gradient)
+        if reason is not None:
+            # what memory or an arithmetic unit got wrong once comes right now; what data or weights cause does not
+            self.optimizers.dense.zero_grad()
+            gradient = self.gradient(batch, work, step)
+            reason = self._objection(gradient)
+        learning_rate = self.optimizers.config.learning_rate * factor
+        if reason is not None:
+            self.optimizers.take_back()
+            return StepResult(0.0, Workload(), learning_rate, gradient.seconds, Refusal(batch, work, reason))
+        with record_function("update"):
+            gradient.looked_up_UD.backward(gradient.rows_UD.grad)
+            self.optimizers.step(self.optimizers.gradient_norm())
+        return StepResult(gradient.loss_sum, work, learning_rate, gradient.seconds)
+
+    def gradient(self, batch: JaggedBatch, work: Workload, step: int) -> Gradient:
+        """Loss and gradients of one global batch; nothing is updated. Arguments as of a call."""
         # the names of the parts in a profile
         with record_function("draw"):
             negatives = self._negatives(batch, step)
         with record_function("look up"):
             needed = self._needed(batch, negatives, work)
-            rows_UD = self.recommender.table(needed.ids)
-            items_TD = rows_UD.index_select(0, needed.places(batch.item_ids))
+            looked_up_UD = self.recommender.table(needed.ids)
+            # the backward ends here; that of the table, which updates it, waits until all ranks know the gradient
+            rows_UD = looked_up_UD.detach().requires_grad_()
+        watch = Stopwatch(self.world.device)
+        items_TD = rows_UD.index_select(0, needed.places(batch.item_ids))
         with record_function("encode"):
             queries_TD = self.recommender.encode(items_TD, batch, noise_key=fold(self.seed, step, _DROPOUT))
         with record_function("loss"):
             places = None if negatives is None else needed.places(negatives)
             candidates = Candidates(rows_UD, needed.places(batch.target_ids), places)
             loss_sum = softmax_loss(queries_TD, candidates, self.softmax)
-        value = float(loss_sum.detach())
-        if value != value or value in (float("inf"), float("-inf")):
-            raise UserError(
-                f"step {step}: the loss is {value} on rank {self.world.rank}",
-                "lower the learning rates or set optimizer.clip_norm, then continue from an earlier checkpoint",
-            )
+        seconds, value = watch.seconds(), float(loss_sum.detach())
         # DDP and TorchRec average gradients over ranks; the mean wanted is over all positions of all ranks
         (loss_sum * (self.world.size / max(1, work.tokens))).backward()
-        with record_function("update"):
-            self.optimizers.step()
-        return StepResult(value, work, self.optimizers.config.learning_rate * factor)
+        return Gradient(value, looked_up_UD, rows_UD, seconds)
+
+    def _objection(self, gradient: Gradient) -> str | None:
+        """Why no rank may take the step; None if all may."""
+        rows = gradient.rows_UD.grad
+        assert rows is not None
+        norms = torch.stack([self.optimizers.gradient_norm(), torch.linalg.vector_norm(rows)])
+        wrong = [not math.isfinite(gradient.loss_sum), not bool(norms.isfinite().all())]
+        # number of the last rank that objects, from 1
+        last = torch.tensor([(self.world.rank + 1) * flag for flag in wrong], device=self.world.device)
+        dist.all_reduce(last, dist.ReduceOp.MAX)
+        loss, any_gradient = last.tolist()
+        if loss:
+            return f"the loss is not a finite number on rank {loss - 1}"
+        return f"the gradient is not finite on rank {any_gradient - 1}" if any_gradient else None
 
     def _negatives(self, batch: JaggedBatch, step: int) -> Tensor | None:
         if isinstance(self.loss, FullSoftmaxConfig):
