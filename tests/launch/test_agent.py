@@ -84,7 +84,7 @@ def test_what_one_rank_finds_is_said_once(tiny_data: Path, tmp_path: Path) -> No
     errors = [line for line in ended.err.splitlines() if line.startswith("error: ")]
     # one rank found it, all refused
     assert {p.name for p in (run.folder / "replay" / "step-00000003").iterdir()} == {"rank-0.pt", "rank-1.pt"}
-    assert run.checkpoints() == [6]
+    assert run.checkpoints() == [5, 6]
     assert errors == ["error: step 5: the loss is not a finite number on rank 1, 3 steps in a row"], ended.err
     assert "Traceback" not in ended.err
 
