@@ -70,11 +70,21 @@ class RunConfig:
                 f"model.max_length: got {self.model.max_length}, "
                 f"expected at least data.max_length ({self.data.max_length})"
             )
+        # without addresses there is nothing to compare with yet
+        if 0 < self.cluster.nodes < self.cluster.least_nodes:
+            raise ValueError(
+                f"cluster.min_nodes: got {self.cluster.least_nodes}, expected at most the {self.cluster.nodes} machines"
+            )
 
     @property
     def world_size(self) -> int:
         """Ranks of all machines."""
         return self.nproc * self.cluster.nodes
+
+    @property
+    def least_world_size(self) -> int:
+        """Ranks that the run can go on with."""
+        return self.nproc * self.cluster.least_nodes
 
     @property
     def run_dir(self) -> Path:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +21,10 @@ from hstu_dist.machine import cores_per_rank, keep_freed_memory
 
 _LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Socket closed|[Tt]imed out (waiting|connecting)")
 """How gloo words it when another rank has gone; the exception type is a plain RuntimeError."""
+
+
+_PR_SET_PDEATHSIG = 1
+"""From linux/prctl.h."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,7 @@ def _join(backend: str, timeout: timedelta) -> dist.Store | None:
     if "RANK" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return None
+    _end_with_agent()
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     beats = store.clone() if size > 1 else None
     prefix = "beats"
@@ -91,6 +99,16 @@ def _join(backend: str, timeout: timedelta) -> dist.Store | None:
         store, prefix = dist.PrefixStore(attempt, store), f"{attempt}/beats"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return None if beats is None else dist.PrefixStore(prefix, beats)
+
+
+def _end_with_agent() -> None:
+    """Lets the kernel end this rank when its agent dies, where the system can: nobody else would look after it.
+
+    Otherwise it would go on writing into the run folder beside the ranks that a new agent starts.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
 def _lost(error: RuntimeError, heartbeat: Heartbeat | None) -> str:

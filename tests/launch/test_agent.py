@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from hstu_dist.distributed.agent import explain, root_cause
+from hstu_dist.console import leave_word
+from hstu_dist.distributed.agent import describe, explain, root_cause
 from hstu_dist.errors import ExitCode
 from tests.launch.runs import Started, TinyRun
 
@@ -53,12 +54,33 @@ def test_root_cause(ends: list[tuple[int, int]], first: int) -> None:
     ],
 )
 def test_explains_in_one_line(code: int, exit_code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert explain(_failures((code, 4))) == exit_code
+    failures = _failures((code, 4))
+    assert explain(failures, describe(failures, out_of_memory=False)) == exit_code
     lines = capsys.readouterr().err.splitlines()
     assert [line.startswith(start) for line, start in zip(lines, ("error: ", "  mend: "), strict=bool(said))] == (
         [True, True] if said else []
     )
     assert said in "".join(lines)
+
+
+def test_says_why_the_kernel_killed() -> None:
+    killed = _failures((_LOST, 4), (_KILLED, 4))
+    assert describe(killed, out_of_memory=True).startswith("rank 1 was killed by SIGKILL: the kernel ended it because")
+    assert describe(killed, out_of_memory=False) == (
+        "rank 1 was killed by SIGKILL, by hand or because a limit of memory was reached"
+    )
+    # it was not the kernel that ended this one
+    assert "memory" not in describe(_failures((-signal.SIGSEGV, 4)), out_of_memory=True)
+
+
+def test_passes_on_what_a_rank_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error_file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(error_file))
+    leave_word("waited in vain for another rank; silent (stopped, dead or cut off): rank 3 after step 17")
+    failure = ProcessFailure(local_rank=0, pid=1000, exitcode=_LOST, error_file=str(error_file))
+    assert describe({5: failure}, out_of_memory=False) == (
+        "rank 5 waited in vain for another rank; silent (stopped, dead or cut off): rank 3 after step 17"
+    )
 
 
 @pytest.mark.slow

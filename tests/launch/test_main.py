@@ -26,7 +26,7 @@ def agents(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Commands that would have started an agent; any other new process fails the test."""
     commands: list[list[str]] = []
 
-    def run(command: Sequence[str], _environment: Mapping[str, str]) -> int:
+    def run(command: Sequence[str], _environment: Mapping[str, str], _restarts: int) -> int:
         commands.append(list(command))
         return ExitCode.FINISHED
 
@@ -181,7 +181,7 @@ def test_a_stop_file_ends_a_run_with_a_code_of_its_own(
     # of an earlier run
     folder.stop_file.touch()
     assert main(overrides) == 0
-    monkeypatch.setattr(local, "run", lambda command, environment: folder.stop_file.touch() or 0)
+    monkeypatch.setattr(local, "run", lambda command, environment, restarts: folder.stop_file.touch() or 0)
     assert main(overrides) == ExitCode.STOPPED
     assert not folder.stop_file.exists()
 
