@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     replay_command.set_defaults(run=_replay)
     replay_command.add_argument("folder", type=Path, help="RUN/replay/step-NNNNNNNN")
     replay_command.add_argument("--debug", action="store_true", help="show the stack trace of an error")
+    _add_doctor(commands)
     _add_checkpoint(commands)
     return parser
 
@@ -94,6 +95,23 @@ def _epilog(command: str) -> str:
         of_the_run = groups_help(["data", "embedding", "experiment", "loss", "model", "trainer"])
         return f"clusters (cluster=NAME): {' | '.join(hardware_names())}\nof the run, {of_the_run}"
     return groups_help(["data"] if command == "prepare" else None)
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    summary = "say what of packages, machine, folders and network is wrong, and how to mend it"
+    command = commands.add_parser(
+        "doctor",
+        help=summary,
+        description=f"{summary}. Exit code 2 if anything keeps a run from working. Under torchrun, and in the place of "
+        "`train` on several machines, it measures what lies between all of their ranks.",
+    )
+    command.set_defaults(run=_doctor)
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="of the run whose folders count")
+    command.add_argument(
+        "--ranks", type=int, default=2, help="local ranks that talk to each other; 0: none (default: 2)"
+    )
+    command.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    command.add_argument("--debug", action="store_true", help="show the stack trace of an error")
 
 
 def _add_checkpoint(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -159,6 +177,13 @@ def _plan(options: argparse.Namespace) -> None:
     from hstu_dist.commands.plan import plan_run
 
     plan_run(options.overrides, options.folder, say)
+
+
+def _doctor(options: argparse.Namespace) -> ExitCode:
+    from hstu_dist.commands.doctor import DoctorOptions, examine
+
+    config = compose(["name=doctor", *options.overrides])
+    return examine(config, DoctorOptions(options.overrides, options.ranks, options.json), say)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -65,6 +65,11 @@ class RunFolder:
         return self.path / "replay"
 
     @property
+    def sequences(self) -> Path:
+        """Folder of what each rank trained on, where that is logged."""
+        return self.path / "sequences"
+
+    @property
     def result_file(self) -> Path:
         """Metrics of a finished run."""
         return self.path / "result.json"

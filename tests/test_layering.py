@@ -25,7 +25,7 @@ LINES = [
     {"train", "plan"},
     {"config"},
     {"run_folder"},
-    {"preflight", "report"},
+    {"preflight", "report", "doctor"},
     {"commands"},
     {"__main__"},
 ]
@@ -35,6 +35,9 @@ WITHOUT_TORCH = [
     "hstu_dist.cluster",
     "hstu_dist.checkpoint.manifest",
     "hstu_dist.commands.checkpoint",
+    "hstu_dist.commands.doctor",
+    "hstu_dist.doctor.machine",
+    "hstu_dist.doctor.packages",
     "hstu_dist.config",
     "hstu_dist.preflight",
     "hstu_dist.run_folder",

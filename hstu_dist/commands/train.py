@@ -26,6 +26,7 @@ from hstu_dist.train.guard import GuardHook
 from hstu_dist.train.hooks import CheckpointHook, EvaluateHook, LogHook, ProfileHook, TrackTestHook
 from hstu_dist.train.metrics_log import MetricsLog
 from hstu_dist.train.ranks import HeartbeatHook, StragglerHook
+from hstu_dist.train.sequence_log import SequenceLog, Step
 from hstu_dist.train.state import TrainState
 from hstu_dist.train.step import TrainStep
 from hstu_dist.train.throughput import job_peak_flops, training_averages
@@ -120,8 +121,10 @@ def _announce(session: Session, state: TrainState, say: Callable[[str], None]) -
 def _fit(session: Session, checkpoints: CheckpointManager, state: TrainState, folder: RunFolder) -> bool:
     """Trains to the end; False if somebody asked to stop."""
     config, world = session.config, session.world
-    step = TrainStep(session.recommender, config.loss, session.optimizers, world, config.seed)
+    step: Step = TrainStep(session.recommender, config.loss, session.optimizers, world, config.seed)
     with contextlib.ExitStack() as stack:
+        if config.trainer.logging.sequences:
+            step = stack.enter_context(contextlib.closing(SequenceLog(step, folder.sequences, world, state.step)))
         # one rank looks for the file; the ranks agree before each step
         stop_requested = stack.enter_context(stop_requests(folder.stop_file if world.is_main else None))
         stack.callback(checkpoints.close)

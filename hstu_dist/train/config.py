@@ -112,6 +112,8 @@ class LoggingConfig:
         tensorboard: write TensorBoard event files into the run folder.
         wandb: Weights & Biases; offline writes into the run folder.
         wandb_project: project name there.
+        sequences: every rank writes the sequences of each step into the folder `sequences` of the run, to prove that
+            each was trained on once an epoch.
     """
 
     every_steps: int = Field(default=10, gt=0)
@@ -119,6 +121,7 @@ class LoggingConfig:
     tensorboard: bool = True
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     wandb_project: str = "hstu_dist"
+    sequences: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import statistics
+import time
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,9 @@ import torch.distributed as dist
 from hstu_dist.train.metrics_log import MetricsLog
 from hstu_dist.train.step import StepResult
 from hstu_dist.train.trainer import Hook, Trainer
+
+_PATIENCE_SECONDS = 10.0
+"""A rank that is slow for less has had an accident, such as another process on its cores."""
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +63,14 @@ class StragglerHook(Hook):
     """
 
     def __init__(self, every_steps: int, slow_ratio: float | None, log: MetricsLog | None) -> None:
-        """Compares after every `every_steps`; warns from `slow_ratio` on, twice in a row; None: never."""
+        """Compares after every `every_steps`; warns if one rank stays above `slow_ratio`; None: never."""
         self.every_steps = every_steps
         self.slow_ratio = slow_ratio
         self.log = log
         self._seconds = 0.0
         self._steps = 0
         self._suspect = -1
+        self._suspected_since = 0.0
         self._warned = -1
 
     def after_step(self, trainer: Trainer, result: StepResult) -> None:
@@ -92,8 +97,10 @@ class StragglerHook(Hook):
 
     def _judge(self, pace: Pace, step: int) -> None:
         slow = self.slow_ratio is not None and pace.ratio >= self.slow_ratio
-        suspect = pace.slowest_rank if slow else -1
-        if slow and suspect == self._suspect and suspect != self._warned:
+        suspect, now = pace.slowest_rank if slow else -1, time.monotonic()
+        if suspect != self._suspect:
+            self._suspect, self._suspected_since = suspect, now
+        elif slow and suspect != self._warned and now - self._suspected_since >= _PATIENCE_SECONDS:
             self._warned = suspect
             logger.warning(
                 "step %d: rank %d is slow: its forward takes %.3g s, %.1f times the median rank's; look at the load, "
@@ -103,4 +110,3 @@ class StragglerHook(Hook):
                 pace.slowest,
                 pace.ratio,
             )
-        self._suspect = suspect

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from hstu_dist.commands.memory import explained_memory
 from hstu_dist.distributed.process_group import process_group
 from hstu_dist.errors import UserError
 from hstu_dist.models.flops import Workload
+from hstu_dist.train import ranks
 from hstu_dist.train.config import LoggingConfig
 from hstu_dist.train.metrics_log import MetricsLog, read_metrics
 from hstu_dist.train.ranks import Pace, StragglerHook
@@ -35,9 +39,11 @@ def watched(folder: Path, slow_ratio: float | None) -> list[str]:
         log = MetricsLog(folder, LoggingConfig(tensorboard=False), {}, 0) if world.is_main else None
         hook = StragglerHook(2, slow_ratio, log)
         warnings: list[str] = []
-        hook_logger = __import__("logging").getLogger("hstu_dist.train.ranks")
+        hook_logger = logging.getLogger("hstu_dist.train.ranks")
         hook_logger.addFilter(lambda record: warnings.append(record.getMessage()) or False)
         trainer = replace(idle_trainer(epochs=4), world=world)
+        clock = iter(range(0, 1000, 4))
+        ranks.time = SimpleNamespace(monotonic=lambda: next(clock))  # type: ignore[assignment]
         for step in range(1, 13):
             trainer.state.step = step
             seconds = {0: 1.0, 1: 1.9, 2: 5.0 if step == 4 else 1.0}[world.rank]
@@ -52,7 +58,7 @@ def test_a_rank_that_stays_slow_is_named_once(tmp_path: Path) -> None:
     first, *others = run_ranks(3, watched, tmp_path, 1.5)
     assert others == [[], []]
     (warning,) = first
-    assert warning.startswith("step 8: rank 1 is slow: its forward takes 1.9 s, 1.9 times the median rank's")
+    assert warning.startswith("step 12: rank 1 is slow: its forward takes 1.9 s, 1.9 times the median rank's")
     lines = read_metrics(tmp_path)
     assert [(line["step"], line["ranks/slowest"]) for line in lines] == [
         (s, 2.0 if s == 4 else 1.0) for s in range(2, 13, 2)
@@ -78,7 +84,7 @@ def test_a_rank_that_stays_slow_is_named_once(tmp_path: Path) -> None:
 def test_memory_that_ran_out_says_what_to_change(error: Exception, said: str) -> None:
     with pytest.raises(UserError) as caught, explained_memory(WORLD):
         raise error
-    assert __import__("re").search(said, caught.value.problem)
+    assert re.search(said, caught.value.problem)
     assert "trainer.global_batch_size" in caught.value.remedy
 
 
