@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import random
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -67,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
     undisturbed = _undisturbed(data, folder)
     outcomes = []
     for kind, number in _plan(options.only, options.quick):
-        file = folder / "outcomes" / f"{kind.replace(' ', '-')}-{options.seed}-{number}.json"
+        file = folder / "outcomes" / f"{re.sub(r'[^a-z]+', '-', kind)}-{options.seed}-{number}.json"
         if not file.exists():
             if options.minutes is not None and time.monotonic() - started > 60 * options.minutes:
                 log.info("time is up; the same command goes on")

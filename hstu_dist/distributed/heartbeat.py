@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 _INTERVAL_SECONDS = 1.0
-_READ_SECONDS = 5.0
+_READ_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,25 @@ class Heartbeat:
     def close(self) -> None:
         """Ends the thread."""
         self._closed.set()
-        self._thread.join(_READ_SECONDS)
+        # it may be waiting for a store that is stopped
+        self._thread.join(_INTERVAL_SECONDS)
 
     def whereabouts(self) -> str:
         """What can be said of the other ranks after one of them did not answer; takes a few seconds."""
+        said: list[str] = []
+        # a store whose process is stopped may never answer, whatever time-outs it has
+        asking = threading.Thread(target=lambda: said.append(self._ask()), daemon=True)
+        asking.start()
+        asking.join(2.5 * _INTERVAL_SECONDS + _READ_SECONDS)
+        # rank 0 keeps the store
+        return said[0] if said else "rank 0 is gone, stopped or cannot be reached"
+
+    def _ask(self) -> str:
         try:
             before = self._read()
             time.sleep(2.5 * _INTERVAL_SECONDS)
             return describe(before, self._read(), self._rank)
         except (RuntimeError, ValueError):
-            # rank 0 keeps the store
             return "rank 0 is gone, stopped or cannot be reached"
 
     def _read(self) -> list[Beat | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 
 import pytest
@@ -41,8 +42,11 @@ def test_what_the_beats_tell(
     assert describe(*read, rank=0) == said
 
 
-def stopped_rank(stopped: int) -> str:
+def stopped_rank(stopped: int, port: int) -> str:
     """On a rank: how the others describe one that does not run, as after Ctrl-Z or while its machine swaps."""
+    # as a launch has it: the store is in rank 0
+    os.environ["MASTER_PORT"] = str(port)
+    del os.environ["TORCHELASTIC_USE_AGENT_STORE"]
     pids = torch.zeros(3, dtype=torch.int64)
     try:
         with process_group("cpu", timeout_seconds=2) as world:
@@ -63,6 +67,15 @@ def stopped_rank(stopped: int) -> str:
 
 
 @pytest.mark.distributed
-def test_a_stopped_rank_is_named() -> None:
-    first, _, third = run_ranks(3, stopped_rank, 1)
-    assert "waited in vain for another rank; silent (stopped, dead or cut off): rank 1 after step 18" in (first, third)
+@pytest.mark.parametrize(
+    ("stopped", "said"),
+    [
+        (0, "rank 0 is gone, stopped or cannot be reached"),
+        (1, "silent (stopped, dead or cut off): rank 1 after step 18"),
+    ],
+)
+def test_a_stopped_rank_is_named(stopped: int, said: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    told = run_ranks(3, stopped_rank, stopped, port)
+    assert f"waited in vain for another rank; {said}" in [text for rank, text in enumerate(told) if rank != stopped]
