@@ -21,7 +21,7 @@ from benchmarks.two_hosts import missing, two_hosts
 _SAME = 0.0
 _OTHER_RANKS = 0.02
 _LEFT_OUT = 0.05
-_FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
+_CLOCK = ROOT / "benchmarks" / "inject" / "clock.c"
 _LOCAL = ("nproc=2", "cluster.max_restarts=3")
 
 
@@ -188,19 +188,13 @@ def _spoilt(place: Place, times: int) -> FaultyRun:
 def _clock_jump(place: Place) -> FaultyRun:
     """Wall clock an hour ahead or behind, for launcher, agent and ranks; the monotonic clock goes on."""
     place.folder.mkdir(parents=True)
-    offset = place.folder / "offset"
-    offset.write_text("+0")
-    fake = {
-        "LD_PRELOAD": str(_FAKETIME),
-        "FAKETIME_TIMESTAMP_FILE": str(offset),
-        "FAKETIME_NO_CACHE": "1",
-        "DONT_FAKE_MONOTONIC": "1",
-        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-    }
-    with _goes_on(_local(place, **fake)) as run:
+    offset, library = place.folder / "offset", place.folder / "clock.so"
+    offset.write_text("0")
+    subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", library, _CLOCK], check=True)
+    with _goes_on(_local(place, LD_PRELOAD=str(library), CLOCK_OFFSET=str(offset))) as run:
         run.reach(place.step())
         run.hurt()
-        offset.write_text(place.random.choice(("+3600", "-3600")))
+        offset.write_text(place.random.choice(("3600", "-3600")))
         _finish(run)
     return run
 
@@ -312,8 +306,8 @@ def _needs_root() -> str:
     return "" if os.geteuid() == 0 else "needs root, to mount a small disk"
 
 
-def _needs_faketime() -> str:
-    return "" if _FAKETIME.exists() else "not installed: libfaketime"
+def _needs_compiler() -> str:
+    return "" if shutil.which("cc") else "not installed: a C compiler, for a clock that jumps"
 
 
 KINDS: Mapping[str, Kind] = {
@@ -334,7 +328,7 @@ KINDS: Mapping[str, Kind] = {
     "bad batch": Kind(
         summary="a loss is NaN whenever it is computed; its batch is left out", strike=_bad_batch, tolerance=_LEFT_OUT
     ),
-    "clock jump": Kind(summary="wall clock an hour ahead or behind", strike=_clock_jump, unavailable=_needs_faketime),
+    "clock jump": Kind(summary="wall clock an hour ahead or behind", strike=_clock_jump, unavailable=_needs_compiler),
     "second machine's agent killed": Kind(summary="kill -9, two agents", strike=_kill_second_agent),
     "first machine's agent killed": Kind(
         summary="kill -9 of the agent through which both meet", strike=_kill_first_agent

@@ -75,8 +75,9 @@ def start(config: RunConfig) -> int:
                 # ssh hands no signals on; the ranks look for this file
                 folder.stop_file.touch()
             elif cluster.least_nodes < cluster.nodes:
+                over = any(machine.finished for machine in machines)
                 for machine, address in zip(machines, cluster.addresses, strict=True):
-                    machine.start_again_if_lost(address)
+                    machine.give_up() if over else machine.start_again_if_lost(address)
             time.sleep(_POLL_SECONDS)
     codes = [machine.code for machine in machines]
     if cluster.least_nodes < cluster.nodes and ExitCode.FINISHED in codes:
@@ -91,6 +92,7 @@ class _Machine:
     def __init__(self, command: list[str]) -> None:
         self._command = command
         self._lost_since: float | None = None
+        self._returning = False
         self._process = self._start()
 
     @property
@@ -99,10 +101,20 @@ class _Machine:
         return self._process.poll() is None
 
     @property
+    def finished(self) -> bool:
+        """Whether its ranks have reached the end of the run."""
+        return self._process.poll() == ExitCode.FINISHED
+
+    @property
     def code(self) -> int:
         """How it ended."""
         code = self._process.returncode
         return ExitCode.FAILED if code < 0 else code
+
+    def give_up(self) -> None:
+        """No longer waits for a machine that was lost and is on its way back: the run is over."""
+        if self._returning and self.running:
+            self._process.terminate()
 
     def start_again_if_lost(self, address: str) -> None:
         """Tries to bring back a machine without which the others go on, every few seconds."""
@@ -113,7 +125,7 @@ class _Machine:
             self._lost_since = now
             note(f"{address} is lost (exit code {self.code}); the others go on, it is tried again")
         elif now - self._lost_since >= _RETURN_SECONDS:
-            self._lost_since = None
+            self._lost_since, self._returning = None, True
             self._process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hstu_dist.config import RunConfig
@@ -42,13 +42,19 @@ def ended_by_request(folder: RunFolder, code: int, signals: Sequence[int] = ()) 
     return 128 + signals[0] if signals else ExitCode.STOPPED
 
 
-def run(command: Sequence[str], environment: Mapping[str, str], restarts: int = 0) -> int:
+def run(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    restarts: int = 0,
+    finished: Callable[[], bool] = lambda: False,
+) -> int:
     """Starts the agent and waits for it; the first SIGTERM, SIGINT or SIGHUP stops it, later ones change nothing.
 
     Args:
         command: program and arguments.
         environment: variables on top of this process's own.
         restarts: how often an agent is started again that was killed, or that lost the first machine's agent.
+        finished: whether the run has nothing left to do: then nobody is missed.
 
     Returns:
         The agent's exit code; FAILED if it was killed; 128 + signal if a signal stopped it before it finished.
@@ -58,6 +64,8 @@ def run(command: Sequence[str], environment: Mapping[str, str], restarts: int = 
             code = _run_once(command, environment, received)
             if received or restarts == 0 or (code >= 0 and code != ExitCode.PEER_LOST):
                 break
+            if finished():
+                return ExitCode.FINISHED
             restarts -= 1
             note(f"{_end(code)}; starting it again ({restarts} restarts left)")
     if code == ExitCode.FINISHED:

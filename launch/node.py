@@ -17,6 +17,7 @@ import psutil
 from hstu_dist.config import RunConfig, load
 from hstu_dist.console import report
 from hstu_dist.errors import ExitCode, UserError
+from hstu_dist.run_folder import RunFolder
 from launch.local import run
 from launch.spec import LaunchSpec, Meeting
 from launch.torchrun import agent_command, agent_environment
@@ -60,11 +61,20 @@ class NodeArguments:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the agent of this machine, again if it is killed; returns its exit code."""
     try:
-        spec = prepare(_parse(arguments), os.environ)
+        parsed = _parse(arguments)
+        spec = prepare(parsed, os.environ)
+        config = load(parsed.config_file)
     except UserError as error:
         report(error)
         return ExitCode.BAD_INPUT
-    return run(agent_command(spec), agent_environment(spec), spec.max_restarts)
+    # beside its settings
+    folder = RunFolder(parsed.config_file.parent)
+    return run(
+        agent_command(spec),
+        agent_environment(spec),
+        spec.max_restarts,
+        lambda: folder.finished(config.trainer.last_epoch) is not None,
+    )
 
 
 def prepare(arguments: NodeArguments, variables: Mapping[str, str]) -> LaunchSpec:

@@ -53,7 +53,8 @@ def _meeting(meeting: Meeting) -> list[str]:
 
 def agent_environment(spec: LaunchSpec) -> dict[str, str]:
     """Variables that the agent and its ranks get on top of the launcher's own."""
-    environment = {"OMP_NUM_THREADS": str(spec.threads)}
+    # of the agent's own library only what ends the process: a lost connection has a line of ours
+    environment = {"OMP_NUM_THREADS": str(spec.threads), "TORCH_CPP_LOG_LEVEL": "FATAL"}
     if spec.meeting is not None:
         # both libraries otherwise take the first interface, or what the host name resolves to
         environment |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), spec.meeting.interface)

@@ -30,6 +30,8 @@ def main(arguments: Sequence[str]) -> int:
     128 + signal: stopped by it, after the ranks were given the time to save.
     """
     _quiet_torchrun()
+    # the launcher means this agent, not its ranks
+    os.environ.pop("TORCH_CPP_LOG_LEVEL", None)
     # agents count restarts each for itself, so that ranks cannot tell by the count which keys of a store that lives on
     # are stale: every attempt gets a new store
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"

@@ -69,6 +69,9 @@ def test_an_agent_that_lost_the_first_machine_is_started_again(capfd: pytest.Cap
     printed = capfd.readouterr().err
     assert "lost the first machine's agent; starting it again (0 restarts left)" in printed
     assert "error: the agent of the ranks lost the first machine's agent" in printed
+    # nobody is missed by a run that is over
+    assert run([sys.executable, "-c", "import sys; sys.exit(3)"], {}, 1, lambda: True) == 0
+    assert capfd.readouterr().err == ""
     # a rank's failure is the agent's business
     assert run([sys.executable, "-c", "import sys; sys.exit(1)"], {}, restarts=1) == 1
     assert "starting" not in capfd.readouterr().err

@@ -63,7 +63,7 @@ def test_dry_run_prints_the_command_and_touches_nothing(
     assert main([*overrides, "data.path=/nowhere", flag]) == 0
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1
-    assert shlex.split(printed)[1:] == agent_command(LaunchSpec.of(compose(overrides)))
+    assert shlex.split(printed)[2:] == agent_command(LaunchSpec.of(compose(overrides)))
     assert agents == [] and not (tmp_path / "runs").exists()
 
 
@@ -71,7 +71,7 @@ def test_starts_what_dry_run_prints(
     overrides: list[str], agents: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     main([*overrides, "dry_run=true"])
-    printed = shlex.split(capsys.readouterr().out)[1:]
+    printed = shlex.split(capsys.readouterr().out)[2:]
     assert main([*overrides, "dry_run=false"]) == 0
     assert agents == [printed]
     config = compose(overrides)
