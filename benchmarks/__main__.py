@@ -26,6 +26,7 @@ BENCHMARKS: Mapping[str, str] = {
     "kernels": "the Triton kernels compiled ahead of time: registers, spills, shared memory, roofline; needs no GPU",
     "plan": "the capacity planner: its time and memory, and its predictions against real ranks and towers",
     "faults": "the fault campaign: real faults at random steps, after which a run must end as if left alone",
+    "launch": "seconds to the first step of `python -m launch` over plain torchrun",
     "ml1m": "SASRec and HSTU on MovieLens-1M at several seeds: epoch chosen on validation, then a refit; hours",
 }
 """Name of each benchmark, which is the name of its module, and what it measures."""

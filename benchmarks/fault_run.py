@@ -19,7 +19,9 @@ from typing import Any, Self
 import psutil
 
 from benchmarks.environment import ROOT
+from hstu_dist.data.config import SyntheticZipfConfig
 from hstu_dist.data.dataset import SequenceDataset
+from hstu_dist.data.prepare import prepare
 from hstu_dist.data.split import Split, split_rows
 from hstu_dist.run_folder import RunFolder
 from hstu_dist.train.metrics_log import read_metrics
@@ -31,7 +33,7 @@ BATCH = 8
 MAX_LENGTH = 16
 _POLL_SECONDS = 0.02
 _DEADLINE_SECONDS = 150.0
-_RUN = (
+RUN = (
     f"name={NAME}",
     "data=synthetic_zipf",
     f"data.max_length={MAX_LENGTH}",
@@ -131,7 +133,7 @@ class FaultyRun:
 
     def launch(self) -> None:
         """Starts it, or lets it go on."""
-        words = [*_RUN, f"data.path={self.data}", f"output={self.folder}", *self.settings]
+        words = [*RUN, f"data.path={self.data}", f"output={self.folder}", *self.settings]
         with (self.folder / "printed").open("ab") as printed:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "launch", *words],
@@ -265,6 +267,23 @@ def trained_once(run: FaultyRun, left_out: Sequence[int] = ()) -> str:
         if wrong or skipped != BATCH * sum(step in numbers for step in left_out):
             return f"epoch {epoch}: {len(wrong)} sequences too often, {skipped} not at all"
     return ""
+
+
+def prepared_data(folder: Path) -> Path:
+    """A small data set in `folder`, prepared once."""
+    path = folder / "data"
+    prepare(
+        SyntheticZipfConfig(
+            path=str(path),
+            max_length=MAX_LENGTH,
+            num_users=96,
+            num_items=60,
+            item_exponent=0.5,
+            min_events=6,
+            max_events=20,
+        )
+    )
+    return path
 
 
 def free_port() -> int:

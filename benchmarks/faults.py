@@ -15,18 +15,15 @@ from pathlib import Path
 
 from benchmarks.environment import ROOT, describe
 from benchmarks.fault_kinds import KINDS, Kind, Place
-from benchmarks.fault_run import MAX_LENGTH, FaultyRun, FaultyRunError, trained_once
+from benchmarks.fault_run import FaultyRun, FaultyRunError, prepared_data, trained_once
 from benchmarks.harness import Samples
 from benchmarks.options import positive
-from hstu_dist.data.config import SyntheticZipfConfig
-from hstu_dist.data.prepare import prepare
 from hstu_dist.files import write_atomically
 from hstu_dist.report.results import Ratio, Results, Row, write
 
 log = logging.getLogger(__name__)
 
 _TARGET_SECONDS = 30.0
-_USERS, _ITEMS = 96, 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
     """Strikes, checks and writes the result file once all faults are done; returns 1 if a run did not recover."""
     started = time.monotonic()
     folder: Path = options.folder.absolute()
-    data = _data(folder)
+    data = prepared_data(folder)
     undisturbed = _undisturbed(data, folder)
     outcomes = []
     for kind, number in _plan(options.only, options.quick):
@@ -111,22 +108,6 @@ def _random(seed: int, kind: str, number: int) -> random.Random:
 def _fresh(folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     return folder
-
-
-def _data(folder: Path) -> Path:
-    path = folder / "data"
-    prepare(
-        SyntheticZipfConfig(
-            path=str(path),
-            max_length=MAX_LENGTH,
-            num_users=_USERS,
-            num_items=_ITEMS,
-            item_exponent=0.5,
-            min_events=6,
-            max_events=20,
-        )
-    )
-    return path
 
 
 def _undisturbed(data: Path, folder: Path) -> dict[str, float]:
