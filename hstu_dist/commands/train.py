@@ -12,18 +12,20 @@ from typing import Any
 import torch.distributed as dist
 
 from hstu_dist.checkpoint.manager import CheckpointManager
+from hstu_dist.commands.embedding_table import embedding_table
 from hstu_dist.commands.memory import explained_memory
 from hstu_dist.commands.result_table import finished_report, result_table
 from hstu_dist.commands.session import Session
 from hstu_dist.config import RunConfig, to_dict
 from hstu_dist.data.split import Split
 from hstu_dist.distributed.agreement import check_machines_agree
-from hstu_dist.distributed.process_group import World, claim_machine, process_group
+from hstu_dist.distributed.process_group import World, claim_machine, claim_precision, process_group
+from hstu_dist.distributed.table_plan import PLAN_FILE
 from hstu_dist.errors import ExitCode, UserError
 from hstu_dist.preflight import preflight
 from hstu_dist.run_folder import RunFolder
 from hstu_dist.train.guard import GuardHook
-from hstu_dist.train.hooks import CheckpointHook, EvaluateHook, LogHook, ProfileHook, TrackTestHook
+from hstu_dist.train.hooks import AverageHook, CheckpointHook, EvaluateHook, LogHook, ProfileHook, TrackTestHook
 from hstu_dist.train.metrics_log import MetricsLog
 from hstu_dist.train.ranks import HeartbeatHook, StragglerHook
 from hstu_dist.train.sequence_log import SequenceLog, Step
@@ -58,6 +60,7 @@ def train(config: RunConfig, say: Callable[[str], None]) -> ExitCode:
                 say(finished_report(config, result))
             return ExitCode.FINISHED
         claim_machine(config.trainer.threads, world)
+        claim_precision(config.trainer.precision, world.device)
         with _locked(folder, world), explained_memory(world):
             return _run(config, world, folder, say)
 
@@ -86,6 +89,7 @@ def _run(config: RunConfig, world: World, folder: RunFolder, say: Callable[[str]
     if world.is_main:
         _announce(session, state, say)
         folder.describe(config)
+        session.recommender.tables.plan.save(folder.path / PLAN_FILE)
     if not _fit(session, checkpoints, state, folder):
         if world.is_main:
             by = f" by {folder.stop_file}" if folder.stop_file.exists() else ""
@@ -113,7 +117,8 @@ def _announce(session: Session, state: TrainState, say: Callable[[str], None]) -
         f"run {config.run_dir}: {manifest.name}, {manifest.num_users} users, {manifest.num_items} items, "
         f"{manifest.num_events} events, {session.world.size} ranks"
     )
-    say(session.recommender.table.describe())
+    tables = session.recommender.tables
+    say(embedding_table(tables.specs, tables.plan))
     if state.step:
         say(f"continuing at epoch {state.epoch}, step {state.step}")
 
@@ -121,7 +126,9 @@ def _announce(session: Session, state: TrainState, say: Callable[[str], None]) -
 def _fit(session: Session, checkpoints: CheckpointManager, state: TrainState, folder: RunFolder) -> bool:
     """Trains to the end; False if somebody asked to stop."""
     config, world = session.config, session.world
-    step: Step = TrainStep(session.recommender, config.loss, session.optimizers, world, config.seed)
+    step: Step = TrainStep(
+        session.recommender, config.loss, session.optimizers, world, config.seed, config.trainer.micro_batches
+    )
     with contextlib.ExitStack() as stack:
         if config.trainer.logging.sequences:
             step = stack.enter_context(contextlib.closing(SequenceLog(step, folder.sequences, world, state.step)))
@@ -139,11 +146,12 @@ def _fit(session: Session, checkpoints: CheckpointManager, state: TrainState, fo
             epochs=config.trainer.epochs,
             stop_epoch=config.trainer.stop_epoch,
             world=world,
-            peak_flops=job_peak_flops(config.trainer.peak_flops, world),
+            peak_flops=job_peak_flops(config.trainer.peak_flops, config.trainer.precision, world),
             hooks=[
                 HeartbeatHook(),
                 GuardHook(config.trainer.guard, folder.replay, checkpoint.on_stop),
                 LogHook(config.trainer.logging, log, session.training_flops),
+                *([] if session.average is None else [AverageHook(session.average)]),
                 StragglerHook(config.trainer.logging.every_steps, config.trainer.guard.slow_ratio, log),
                 ProfileHook(config.trainer.profile, folder.path),
                 *_evaluation_hooks(session, log),

@@ -95,7 +95,7 @@ class BatchLoader:
         sequences, kept = self._rows.sequences[rows], layout.lengths[rows]
         history = History(
             sequences=sequences,
-            firsts=data.offsets[sequences] + self._rows.starts[rows],
+            firsts=data.offsets[sequences] + layout.starts[rows],
             lengths=self._rows.lengths[rows],
             kept=kept,
         )

@@ -37,6 +37,8 @@ class Rows:
         sequences: [R] int64, ascending indices into the data set.
         starts: [R] int64, first input event, counted within the sequence.
         lengths: [R] int64 >= 1, number of inputs; the target of each is the event after it.
+
+    The inputs are the most recent ones: `starts` is also how many earlier ones there are.
     """
 
     sequences: Ints

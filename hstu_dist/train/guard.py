@@ -75,7 +75,8 @@ class RefusedStep:
 def write_refused(path: Path, refused: RefusedStep) -> None:
     """Writes a file that `read_refused` and `torch.load(weights_only=True)` read."""
     refusal = refused.refusal
-    batch = {field.name: getattr(refusal.batch, field.name).cpu() for field in fields(JaggedBatch)}
+    batch = {field.name: getattr(refusal.batch, field.name) for field in fields(JaggedBatch)}
+    batch = {name: None if tensor is None else tensor.cpu() for name, tensor in batch.items()}
     values = {"step": refused.step, "reason": refusal.reason, "work": asdict(refusal.work), "batch": batch}
     with replacing(path) as file:
         torch.save(values, file)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from hstu_dist.checkpoint.manager import CheckpointManager
 from hstu_dist.distributed.process_group import sum_over_ranks
 from hstu_dist.models.flops import Workload
+from hstu_dist.train.average import WeightAverage
 from hstu_dist.train.config import CheckpointConfig, EvaluationConfig, LoggingConfig, ProfileConfig
 from hstu_dist.train.metrics_log import MetricsLog
 from hstu_dist.train.step import StepResult
@@ -85,7 +86,7 @@ class LogHook(Hook):
         seconds = trainer.state.train_seconds - self._seconds_before
         flops_per_second = self.flops(self._work) / seconds
         values = {
-            "train/loss": float(total[0]) / max(1, self._work.tokens),
+            "train/loss": float(total[0]) / max(1, self._work.targets),
             "train/learning_rate": result.learning_rate,
             "train/epoch": trainer.state.epoch + trainer.state.batch / len(trainer.loader),
             "speed/tokens_per_second": self._work.tokens / seconds,
@@ -111,6 +112,17 @@ def _imbalance(trainer: Trainer) -> dict[str, float]:
         return {}
     found = trainer.loader.imbalance(trainer.state.epoch, trainer.state.batch - 1)
     return {"speed/imbalance": found.after, "speed/imbalance_in_turns": found.before}
+
+
+class AverageHook(Hook):
+    """Takes the weights of every step into their average."""
+
+    def __init__(self, average: WeightAverage) -> None:
+        self.average = average
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        """Updates the average."""
+        self.average.update(trainer.state.step)
 
 
 class EvaluateHook(Hook):

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from hstu_dist.distributed.table_optimizer import TableOptimizer
 from hstu_dist.train.config import OptimizerConfig, ScheduleConfig
@@ -56,14 +57,16 @@ class Optimizers:
         self.dense.zero_grad()
         return factor
 
-    def gradient_norm(self) -> torch.Tensor:
-        """Norm of the dense gradient, a scalar; not finite if any element is not. Under DDP all ranks have the same."""
-        return torch.nn.utils.get_total_norm([p.grad for p in self.names if p.grad is not None])
+    def is_finite(self) -> bool:
+        """Whether every element of the dense gradient is a number, wherever its parts are; all ranks call it."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.names if p.grad is not None])
+        return bool((norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite())
 
-    def step(self, norm: torch.Tensor) -> None:
-        """Clips if configured and updates the dense part; `norm` is that of the gradient."""
+    def step(self) -> None:
+        """Clips if configured and updates the dense part."""
         if self.config.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(list(self.names), self.config.clip_norm, norm)
+            # of the whole averaged gradient, wherever its parts are: every rank clips alike
+            torch.nn.utils.clip_grad_norm_(list(self.names), self.config.clip_norm)
         self.dense.step()
 
     def take_back(self) -> None:

@@ -15,8 +15,9 @@ class TrainState:
         batch: global batches finished in the current epoch.
         step: optimizer steps taken, refused ones included.
         refused_steps: steps that changed nothing, because a loss or gradient was not finite.
-        tokens: positions trained on, over all ranks.
+        tokens: positions computed, over all ranks.
         attention_pairs: visible (query, key) pairs trained on, over all ranks.
+        context: of these positions, those whose targets the loss left out.
         best_step: step of the best validation, -1 before the first.
         best_epoch: epochs finished at the best validation.
         best_value: the monitored metric there.
@@ -37,6 +38,7 @@ class TrainState:
     refused_steps: int = 0
     tokens: int = 0
     attention_pairs: int = 0
+    context: int = 0
     best_step: int = -1
     best_epoch: int = 0
     best_value: float = float("-inf")

@@ -1,4 +1,4 @@
-"""Time between two points of a step: by the clock, or on a GPU by events in its stream, which nothing waits for."""
+"""Time of parts of a step: by the clock, or on a GPU by events in its stream, which nothing waits for meanwhile."""
 
 from __future__ import annotations
 
@@ -8,24 +8,36 @@ import torch
 
 
 class Stopwatch:
-    """Starts when it is made."""
+    """Adds up the time between `start` and `stop`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._since = time.perf_counter()
-        self._start = self._event()
+        self._marks: list[torch.cuda.Event | float] = []
+
+    def start(self) -> None:
+        """From here."""
+        self._marks.append(self._now())
+
+    def stop(self) -> None:
+        """To here."""
+        self._marks.append(self._now())
 
     def seconds(self) -> float:
-        """Until now; on a GPU until the work that was launched so far is done, which this waits for."""
-        end = self._event()
-        if self._start is None or end is None:
-            return time.perf_counter() - self._since
-        end.synchronize()
-        return float(self._start.elapsed_time(end)) / 1e3
+        """All parts together; on a GPU it waits for the last one to be done."""
+        total = 0.0
+        for start, stop in zip(self._marks[::2], self._marks[1::2], strict=True):
+            if isinstance(start, float):
+                assert isinstance(stop, float)
+                total += stop - start
+            else:
+                assert isinstance(stop, torch.cuda.Event)
+                stop.synchronize()
+                total += float(start.elapsed_time(stop)) / 1e3
+        return total
 
-    def _event(self) -> torch.cuda.Event | None:
+    def _now(self) -> torch.cuda.Event | float:
         if self._device.type != "cuda":
-            return None
+            return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         return event

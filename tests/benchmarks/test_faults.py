@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.__main__ import main
 from benchmarks.fault_kinds import KINDS
 from benchmarks.fault_run import BATCH, EPOCHS, FaultyRun, Seen, prepared_data, trained_once
 from benchmarks.faults import Outcome, ratios_of, rows_of
-from benchmarks.launch import overheads, ratio_of, rows_of as launch_rows
-from benchmarks.__main__ import main
+from benchmarks.launch import overheads, ratio_of
+from benchmarks.launch import rows_of as launch_rows
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,9 @@ def lines_of(run: FaultyRun) -> list[dict[str, object]]:
         (lambda lines: lines, [15], "steps [] are missing"),
     ],
 )
-def test_every_sequence_exactly_once(change: object, left_out: list[int], said: str, data: Path, tmp_path: Path) -> None:
+def test_every_sequence_exactly_once(
+    change: object, left_out: list[int], said: str, data: Path, tmp_path: Path
+) -> None:
     run = FaultyRun(data, tmp_path)
     folder = run.run_folder.sequences
     folder.mkdir(parents=True)
@@ -129,6 +132,8 @@ def test_a_fault_of_each_kind(name: str, tmp_path: Path) -> None:
     why = KINDS[name].unavailable()
     if why:
         pytest.skip(why)
-    assert main(["faults", "--quick", "--only", name, "--folder", str(tmp_path / "runs"), "--output", str(tmp_path)]) == 0
+    assert (
+        main(["faults", "--quick", "--only", name, "--folder", str(tmp_path / "runs"), "--output", str(tmp_path)]) == 0
+    )
     written = json.loads((tmp_path / "faults.json").read_text())
     assert {row["value"] for row in written["rows"] if row["metric"] in ("faults", "recovered")} == {1.0}

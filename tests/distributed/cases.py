@@ -10,11 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from hstu_dist.commands.session import Session
 from hstu_dist.config import RunConfig, compose
 from hstu_dist.data.split import Split
 from hstu_dist.distributed.process_group import World
+from hstu_dist.train.hooks import AverageHook
 from hstu_dist.train.state import TrainState
 from hstu_dist.train.step import StepResult, TrainStep
 from hstu_dist.train.trainer import Hook, Trainer
@@ -48,24 +50,34 @@ class LossHook(Hook):
 
 def trainer_of(session: Session, state: TrainState, epochs: int, hooks: Sequence[Hook] = ()) -> Trainer:
     config = session.config
+    averaging = [] if session.average is None else [AverageHook(session.average)]
     return Trainer(
-        step=TrainStep(session.recommender, config.loss, session.optimizers, session.world, config.seed),
+        step=TrainStep(
+            session.recommender,
+            config.loss,
+            session.optimizers,
+            session.world,
+            config.seed,
+            config.trainer.micro_batches,
+        ),
         loader=session.loader(Split.TRAIN),
         state=state,
         epochs=epochs,
         world=session.world,
-        hooks=hooks,
+        hooks=[*averaging, *hooks],
     )
 
 
 def whole(value: Any) -> Tensor:
     """A tensor of `Session.tensors`, gathered on every rank if it is sharded."""
+    if isinstance(value, DTensor):
+        return value.detach().full_tensor().clone()
     if isinstance(value, Tensor) and not hasattr(value, "local_shards"):
         return value.detach().clone()
     full = torch.zeros(value.size())
     for shard in value.local_shards():
-        rows, columns = shard.metadata.shard_offsets[0], shard.tensor.shape
-        full[rows : rows + columns[0]] = shard.tensor if full.dim() == shard.tensor.dim() else shard.tensor.view(-1)
+        place = tuple(slice(o, o + n) for o, n in zip(shard.metadata.shard_offsets, shard.tensor.shape, strict=True))
+        full[place] = shard.tensor
     dist.all_reduce(full)
     return full
 
