@@ -12,7 +12,11 @@ from functools import partial
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousError
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousConnectionError,
+    RendezvousError,
+)
 from torch.distributed.launcher import api
 from torch.distributed.run import parse_args, run
 
@@ -50,14 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         except SignalException as error:
             return 128 + int(error.sigval)
         except RendezvousError as error:
-            # the store's own words come first in the chain
-            reason = str(error.__cause__ or error).splitlines()[0]
-            if isinstance(error, RendezvousConnectionError):
-                note(f"the first machine's agent is gone or cannot be reached: {reason}")
-                return ExitCode.PEER_LOST
-            remedy = "check that the agents of all machines were started, and the network between them"
-            report(UserError(f"the agents of the machines did not meet: {reason}", remedy))
-            return ExitCode.FAILED
+            return explain_meeting(error)
     return ExitCode.FINISHED
 
 
@@ -83,6 +80,21 @@ def _only_restarts(record: logging.LogRecord) -> bool:
         return True
     record.msg, record.args = "a rank failed; starting all ranks again (%s of %s restarts left)", (left, allowed)
     return True
+
+
+def explain_meeting(error: RendezvousError) -> int:
+    """Says why the agents of several machines cannot work together; returns the exit code of this one."""
+    if isinstance(error, RendezvousClosedError):
+        report(UserError("another machine has ended the run", "its own message says why"))
+        return ExitCode.FAILED
+    # the store's own words come first in the chain
+    reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
+    if isinstance(error, RendezvousConnectionError):
+        note(f"the first machine's agent is gone or cannot be reached: {reason}")
+        return ExitCode.PEER_LOST
+    remedy = "check that the agents of all machines were started, and the network between them"
+    report(UserError(f"the agents of the machines did not meet: {reason}", remedy))
+    return ExitCode.FAILED
 
 
 def explain(failures: Mapping[int, ProcessFailure], cause: str) -> int:

@@ -7,9 +7,15 @@ from pathlib import Path
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousConnectionError,
+    RendezvousError,
+    RendezvousTimeoutError,
+)
 
 from hstu_dist.console import leave_word
-from hstu_dist.distributed.agent import describe, explain, root_cause
+from hstu_dist.distributed.agent import describe, explain, explain_meeting, root_cause
 from hstu_dist.errors import ExitCode
 from tests.launch.runs import Started, TinyRun
 
@@ -61,6 +67,25 @@ def test_explains_in_one_line(code: int, exit_code: int, said: str, capsys: pyte
         [True, True] if said else []
     )
     assert said in "".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (RendezvousClosedError(), 1, "error: another machine has ended the run"),
+        (
+            RendezvousConnectionError("see cause"),
+            3,
+            "the first machine's agent is gone or cannot be reached: see cause",
+        ),
+        (RendezvousTimeoutError(), 1, "error: the agents of the machines did not meet: RendezvousTimeoutError"),
+    ],
+)
+def test_why_agents_cannot_work_together(
+    error: RendezvousError, code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert explain_meeting(error) == code
+    assert capsys.readouterr().err.splitlines()[0] == said
 
 
 def test_says_why_the_kernel_killed() -> None:
