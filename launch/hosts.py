@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import subprocess
 import sys
@@ -148,13 +147,10 @@ def cancel(config: RunConfig) -> str:
 
 
 def logs(config: RunConfig) -> str:
-    """The end of every rank's output, where it was written to files."""
-    folder = RunFolder(config.run_dir).logs
-    files = sorted(path for path in folder.rglob("*.log") if path.stat().st_size) if folder.is_dir() else []
-    if not files:
-        return "no logs in the run folder: the ranks wrote to the terminal of the launch"
-    newest = max(files, key=os.path.getmtime).parents[1]
-    return "\n".join(tail(path) for path in files if newest in path.parents)
+    """The end of every rank's log."""
+    folder = RunFolder(config.run_dir).logs / "ranks"
+    files = sorted(path for path in folder.glob("*.log") if path.stat().st_size)
+    return "\n".join(tail(path) for path in files) or "no logs in the run folder: no rank has started yet"
 
 
 def tail(path: Path, lines: int = 20) -> str:

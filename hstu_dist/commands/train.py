@@ -14,6 +14,7 @@ import torch.distributed as dist
 from hstu_dist.checkpoint.manager import CheckpointManager
 from hstu_dist.commands.embedding_table import embedding_table
 from hstu_dist.commands.memory import explained_memory
+from hstu_dist.commands.rank_log import rank_log
 from hstu_dist.commands.result_table import finished_report, result_table
 from hstu_dist.commands.session import Session
 from hstu_dist.config import RunConfig, to_dict
@@ -61,7 +62,7 @@ def train(config: RunConfig, say: Callable[[str], None]) -> ExitCode:
             return ExitCode.FINISHED
         claim_machine(config.trainer.threads, world)
         claim_precision(config.trainer.precision, world.device)
-        with _locked(folder, world), explained_memory(world):
+        with _locked(folder, world), rank_log(folder.logs / "ranks", world), explained_memory(world):
             return _run(config, world, folder, say)
 
 
