@@ -172,10 +172,13 @@ def _bad_batch(place: Place) -> FaultyRun:
     return _spoilt(place, times=2)
 
 
+def _injected(**variables: str) -> dict[str, str]:
+    return {"PYTHONPATH": f"{ROOT / 'benchmarks' / 'inject'}:{os.environ.get('PYTHONPATH', '')}", **variables}
+
+
 def _spoilt(place: Place, times: int) -> FaultyRun:
     step, rank = place.step(), place.random.randrange(2)
-    path = f"{ROOT / 'benchmarks' / 'inject'}:{os.environ.get('PYTHONPATH', '')}"
-    with _goes_on(_local(place, HSTU_SPOIL=f"{rank}:{step}:{times}", PYTHONPATH=path)) as run:
+    with _goes_on(_local(place, **_injected(HSTU_SPOIL=f"{rank}:{step}:{times}"))) as run:
         run.reach(step)
         run.hurt()
         _finish(run)
@@ -199,7 +202,7 @@ def _clock_jump(place: Place) -> FaultyRun:
     return run
 
 
-def _two_machines(place: Place, *more: str) -> FaultyRun:
+def _two_machines(place: Place, *more: str, **variables: str) -> FaultyRun:
     """Two agents on this machine, which the launcher reaches as it would over ssh unless a file says `down`."""
     place.folder.mkdir(parents=True)
     reach = place.folder / "reach"
@@ -211,7 +214,7 @@ def _two_machines(place: Place, *more: str) -> FaultyRun:
         *("cluster=hosts", "cluster.addresses=[127.0.0.1,127.0.0.2]", "cluster.start=ssh", f"cluster.ssh=[{reach}]"),
         *(f"cluster.port={free_port()}", "cluster.max_restarts=4", "cluster.join_seconds=60", "nproc=1"),
     )
-    return FaultyRun(place.data, place.folder, (*cluster, *more))
+    return FaultyRun(place.data, place.folder, (*cluster, *more), variables)
 
 
 def _kill_second_agent(place: Place) -> FaultyRun:
@@ -235,17 +238,25 @@ def _lose_machine(place: Place) -> FaultyRun:
     with _two_machines(place, "cluster.min_nodes=1") as run:
         _take_away(run, place)
         _finish(run)
+    _must_end_on(run, ranks=1)
     return run
 
 
 def _lose_machine_for_a_while(place: Place) -> FaultyRun:
-    # long enough for the machine to be back before the end
-    with _two_machines(place, "cluster.min_nodes=1") as run:
+    # slow enough for the machine to be back before the end
+    with _two_machines(place, "cluster.min_nodes=1", **_injected(HSTU_PAUSE="0.5")) as run:
         _take_away(run, place)
         run.watch(lambda: run.seen.recovered_at is not None or run.process is None, "going on alone")
         (place.folder / "down").unlink()
         _finish(run)
+    _must_end_on(run, ranks=2)
     return run
+
+
+def _must_end_on(run: FaultyRun, ranks: int) -> None:
+    result = run.run_folder.result()
+    if result is None or result["world_size"] != ranks:
+        raise FaultyRunError(f"ended on {result and result['world_size']} ranks, not {ranks}")
 
 
 def _take_away(run: FaultyRun, place: Place) -> None:

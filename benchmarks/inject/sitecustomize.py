@@ -1,13 +1,14 @@
-"""Spoils losses of a rank from outside: Python runs this file at start if its folder is in PYTHONPATH.
+"""Changes the step of a run from outside: Python runs this file at start if its folder is in PYTHONPATH.
 
 HSTU_SPOIL=RANK:STEP:TIMES multiplies that rank's loss by NaN the first TIMES times that it is computed in that step of
-the run; TIMES=1 is an error that does not come back, 2 one that does.
+the run; TIMES=1 is an error that does not come back, 2 one that does. HSTU_PAUSE=SECONDS makes every step take longer.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -37,7 +38,20 @@ class _Spoiler(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        _spoil(module)
+        if "HSTU_SPOIL" in os.environ:
+            _spoil(module)
+        if "HSTU_PAUSE" in os.environ:
+            _slow_down(module, float(os.environ["HSTU_PAUSE"]))
+
+
+def _slow_down(module: ModuleType, seconds: float) -> None:
+    true_gradient = module.TrainStep.gradient
+
+    def gradient(self: Any, batch: Any, work: Any, number: int) -> Any:
+        time.sleep(seconds)
+        return true_gradient(self, batch, work, number)
+
+    module.TrainStep.gradient = gradient
 
 
 def _spoil(module: ModuleType) -> None:
@@ -64,5 +78,5 @@ def _spoil(module: ModuleType) -> None:
     vars(module)["softmax_loss"] = loss
 
 
-if "HSTU_SPOIL" in os.environ:
+if {"HSTU_SPOIL", "HSTU_PAUSE"} & set(os.environ):
     sys.meta_path.insert(0, _Finder())
