@@ -99,7 +99,7 @@ def _stop_worker(place: Place) -> FaultyRun:
         run.hurt()
         ranks[victim].send_signal(signal.SIGSTOP)
         _finish(run)
-    named = f"rank {victim} after step" if victim else "rank 0 is gone, stopped or cannot be reached"
+    named = f"cut off): rank {victim} " if victim else "rank 0 is gone, stopped or cannot be reached"
     if named not in (run.folder / "printed").read_text():
         raise FaultyRunError(f"nobody named rank {victim}")
     return run
