@@ -11,7 +11,7 @@ SOURCES_OF_INSTALL := pyproject.toml hatch_build.py packaging/fbgemm-gpu-shim/py
 	$(wildcard hstu_dist/ops/csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install data train results report test test-long test-cluster check format clean
+.PHONY: help install data train results report test test-long test-cluster faults check format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -48,6 +48,9 @@ test-long: $(STAMP)  ## run the campaigns that take minutes each
 
 test-cluster: $(STAMP)  ## run the tests on a real Slurm and on two network namespaces; need root, take minutes
 	$(RUN) -m pytest -m "(slurm or netns) and not long"
+
+faults: $(STAMP)  ## kill, stop, cut off and mislead small runs at random steps, and check how they end; needs root, minutes
+	$(RUN) -m benchmarks faults
 
 check: $(STAMP)  ## format, lint, types and the fast tests
 	$(RUN) -m ruff format --check .

@@ -28,6 +28,8 @@ BENCHMARKS: Mapping[str, str] = {
     "checkpoint": "saving and loading 1 GB on two ranks against the disk, and how long training stands still",
     "kernels": "the Triton kernels compiled ahead of time: registers, spills, shared memory, roofline; needs no GPU",
     "plan": "the capacity planner: its time and memory, and its predictions against real ranks and towers",
+    "faults": "the fault campaign: real faults at random steps, after which a run must end as if left alone",
+    "launch": "seconds to the first step of `python -m launch` over plain torchrun",
     "ml1m": "SASRec and HSTU on MovieLens-1M at several seeds: epoch chosen on validation, then a refit; hours",
     "external": "any other program beside this package's training step, on the same data and lengths",
     "all": "every benchmark but ml1m and external, a process each; continues after an interruption",

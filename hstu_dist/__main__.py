@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hstu_dist import __version__
 from hstu_dist.config import RunConfig, compose, compose_dict, groups_help, hardware_names, load
-from hstu_dist.console import report, say
+from hstu_dist.console import leave_word, note, report, say
 from hstu_dist.errors import ExitCode, PeerLostError, UserError
 
 
@@ -21,9 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     rank = int(os.environ.get("RANK", "0"))
     _quiet_libraries(rank)
-    command: Callable[[argparse.Namespace], None] = options.run
+    command: Callable[[argparse.Namespace], ExitCode | None] = options.run
     try:
-        command(options)
+        return command(options) or ExitCode.FINISHED
     except UserError as error:
         if options.debug:
             raise
@@ -32,9 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PeerLostError as error:
         if options.debug:
             raise
-        logging.getLogger(__name__).warning("rank %d: %s", rank, error)
+        note(str(error))
+        leave_word(str(error))
         return ExitCode.PEER_LOST
-    return ExitCode.FINISHED
 
 
 def _quiet_libraries(rank: int) -> None:
@@ -79,6 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     report_command.add_argument("what", choices=("results",), help="what to render")
     report_command.add_argument("--root", type=Path, default=Path(), help="a checkout (default: the current folder)")
     report_command.add_argument("--debug", action="store_true", help="show the stack trace of an error")
+    summary = "compute a refused step again and say where it left the finite numbers"
+    replay_command = commands.add_parser("replay", help=summary, description=summary)
+    replay_command.set_defaults(run=_replay)
+    replay_command.add_argument("folder", type=Path, help="RUN/replay/step-NNNNNNNN")
+    replay_command.add_argument("--debug", action="store_true", help="show the stack trace of an error")
+    _add_doctor(commands)
     _add_checkpoint(commands)
     return parser
 
@@ -89,6 +95,23 @@ def _epilog(command: str) -> str:
         of_the_run = groups_help(["data", "embedding", "experiment", "loss", "model", "trainer"])
         return f"clusters (cluster=NAME): {' | '.join(hardware_names())}\nof the run, {of_the_run}"
     return groups_help(["data"] if command == "prepare" else None)
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    summary = "say what of packages, machine, folders and network is wrong, and how to mend it"
+    command = commands.add_parser(
+        "doctor",
+        help=summary,
+        description=f"{summary}. Exit code 2 if anything keeps a run from working. Under torchrun, and in the place of "
+        "`train` on several machines, it measures what lies between all of their ranks.",
+    )
+    command.set_defaults(run=_doctor)
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="of the run whose folders count")
+    command.add_argument(
+        "--ranks", type=int, default=2, help="local ranks that talk to each other; 0: none (default: 2)"
+    )
+    command.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    command.add_argument("--debug", action="store_true", help="show the stack trace of an error")
 
 
 def _add_checkpoint(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -131,11 +154,17 @@ def _prepare(options: argparse.Namespace) -> None:
     prepare_data(compose_dict("prepare", options.overrides), say)
 
 
-def _train(options: argparse.Namespace) -> None:
+def _train(options: argparse.Namespace) -> ExitCode:
     config = _run_config(options)
     from hstu_dist.commands.train import train
 
-    train(config, say)
+    return train(config, say)
+
+
+def _replay(options: argparse.Namespace) -> None:
+    from hstu_dist.commands.replay import replay
+
+    replay(options.folder, say)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -150,6 +179,13 @@ def _plan(options: argparse.Namespace) -> None:
     from hstu_dist.commands.plan import plan_run
 
     plan_run(options.overrides, options.folder, say)
+
+
+def _doctor(options: argparse.Namespace) -> ExitCode:
+    from hstu_dist.commands.doctor import DoctorOptions, examine
+
+    config = compose(["name=doctor", *options.overrides])
+    return examine(config, DoctorOptions(options.overrides, options.ranks, options.json), say)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ class _ClusterConfig:
 
     Attributes:
         memory_per_rank_gib: host memory that a rank may use; null: the machine's memory divided by its ranks.
-        max_restarts: how often torchrun starts all ranks again after a failure.
+        max_restarts: how often each machine starts its ranks, or its agent, again after a failure.
     """
 
     memory_per_rank_gib: float | None = Field(default=None, gt=0)
@@ -40,6 +40,11 @@ class LocalConfig(_ClusterConfig):
         """Machines of a run."""
         return 1
 
+    @property
+    def least_nodes(self) -> int:
+        """Machines that it can go on with."""
+        return 1
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class _NetworkConfig(_ClusterConfig):
@@ -49,11 +54,14 @@ class _NetworkConfig(_ClusterConfig):
         port: where the agents of all machines meet, on the first one; null: 29400, on Slurm by the job's number.
         interface: network interface that the ranks talk over; null: the one that leads to the first machine.
         join_seconds: how long a machine waits for the others to appear.
+        min_nodes: machines with which the run goes on when others are lost, until they return; null: it waits for
+            all of them.
     """
 
     port: int | None = Field(default=None, ge=1024, le=65535)
     interface: str | None = None
     join_seconds: int = Field(default=600, gt=0)
+    min_nodes: int | None = Field(default=None, gt=0)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -84,6 +92,11 @@ class HostsConfig(_NetworkConfig):
     def nodes(self) -> int:
         """Machines of a run."""
         return len(self.addresses)
+
+    @property
+    def least_nodes(self) -> int:
+        """Machines that it can go on with."""
+        return self.min_nodes or self.nodes
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -124,6 +137,11 @@ class SlurmConfig(_NetworkConfig):
                 if not option.startswith("-") or "\n" in option:
                     raise ValueError(f"{name}: got {option!r}, expected options such as --constraint=h100")
 
+    @property
+    def least_nodes(self) -> int:
+        """Machines that it can go on with."""
+        return self.min_nodes or self.nodes
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class KubernetesConfig(_NetworkConfig):
@@ -155,6 +173,11 @@ class KubernetesConfig(_NetworkConfig):
     folder: str = Field(default="/workspace", pattern=r"^/[^\s]+$")
     pod_failures: int = Field(default=3, ge=0)
     node_selector: dict[str, str] | None = None
+
+    @property
+    def least_nodes(self) -> int:
+        """Machines that it can go on with."""
+        return self.min_nodes or self.nodes
 
 
 ClusterConfig = Annotated[LocalConfig | HostsConfig | SlurmConfig | KubernetesConfig, Field(discriminator="kind")]

@@ -74,6 +74,11 @@ class RunConfig:
                 f"model.max_length: got {self.model.max_length}, "
                 f"expected at least data.max_length ({self.data.max_length})"
             )
+        # without addresses there is nothing to compare with yet
+        if 0 < self.cluster.nodes < self.cluster.least_nodes:
+            raise ValueError(
+                f"cluster.min_nodes: got {self.cluster.least_nodes}, expected at most the {self.cluster.nodes} machines"
+            )
         self._check_tables()
 
     def _check_tables(self) -> None:
@@ -95,6 +100,11 @@ class RunConfig:
     def world_size(self) -> int:
         """Ranks of all machines."""
         return self.nproc * self.cluster.nodes
+
+    @property
+    def least_world_size(self) -> int:
+        """Ranks that the run can go on with."""
+        return self.nproc * self.cluster.least_nodes
 
     @property
     def run_dir(self) -> Path:
@@ -252,6 +262,7 @@ _MAY_CHANGE_GROUPS = (
     "trainer.logging",
     "trainer.checkpoint",
     "trainer.profile",
+    "trainer.guard",
     "trainer.timeout_seconds",
     "trainer.parallel",
 )

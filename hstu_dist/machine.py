@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -51,6 +52,15 @@ def cores_per_rank(local_ranks: int) -> int:
 def memory_per_rank(local_ranks: int) -> int:
     """Bytes of this machine's memory, shared among its ranks."""
     return int(psutil.virtual_memory().total) // local_ranks
+
+
+def oom_kills() -> int:
+    """Processes that the kernel of this machine has ended for want of memory since it started; 0 if it does not say."""
+    try:
+        counters = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return int(counters.get("oom_kill", 0))
 
 
 def keep_freed_memory() -> None:

@@ -60,6 +60,16 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def replay(self) -> Path:
+        """Folder of batches whose step was refused."""
+        return self.path / "replay"
+
+    @property
+    def sequences(self) -> Path:
+        """Folder of what each rank trained on, where that is logged."""
+        return self.path / "sequences"
+
+    @property
     def result_file(self) -> Path:
         """Metrics of a finished run."""
         return self.path / "result.json"

@@ -99,10 +99,16 @@ def _in_full(overrides: Sequence[str]) -> list[str]:
     full: list[str] = []
     for override in overrides:
         key, _, value = override.partition("=")
-        full.extend(template.format(value) for template in _SHORT.get(key, ()))
-        if key not in _SHORT:
-            full.append(override)
+        given = [template.format(value) for template in _SHORT[key]] if key in _SHORT else [override]
+        full.extend(word for one in given for word in _split_range(one))
     return full
+
+
+def _split_range(override: str) -> list[str]:
+    """`cluster.nodes=2:4` as the fewest and the most machines of an elastic run."""
+    key, _, value = override.partition("=")
+    fewest, colon, most = value.partition(":")
+    return [f"cluster.min_nodes={fewest}", f"{key}={most}"] if key == "cluster.nodes" and colon else [override]
 
 
 def _split_dry_run(arguments: Sequence[str]) -> tuple[list[str], bool]:
@@ -137,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         "nproc=N          ranks of each machine\n"
         "gpus=N           the same, each rank on a GPU\n"
         "nodes=N          machines, where cluster=NAME has several\n"
+        "nodes=MIN:MAX    the same; the run goes on with MIN when others are lost\n"
         "output=FOLDER    folder of all runs\n"
         "dry_run=true     print what would start the ranks; do nothing",
     )

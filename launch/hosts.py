@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from hstu_dist.cluster import DEFAULT_PORT, HostsConfig
 from hstu_dist.config import RunConfig
-from hstu_dist.console import say
+from hstu_dist.console import note, say
 from hstu_dist.errors import ExitCode, UserError
 from hstu_dist.run_folder import RunFolder
 from launch.local import ended_by_request, stop_signals
@@ -19,6 +18,8 @@ from launch.node import NodeArguments
 from launch.run_files import checked_folder, find_program
 
 _POLL_SECONDS = 0.2
+_RETURN_SECONDS = 10.0
+"""Between attempts to bring back a machine that was lost."""
 
 
 def commands(config: RunConfig) -> list[tuple[str, str]]:
@@ -66,23 +67,69 @@ def start(config: RunConfig) -> int:
         say(preview(config))
         return ExitCode.FINISHED
     find_program(cluster.ssh[0])
-    with contextlib.ExitStack() as stack:
-        received = stack.enter_context(stop_signals())
-        processes = [
-            # a session of its own: Ctrl-C must not cut the connections before the ranks have saved
-            subprocess.Popen([*cluster.ssh, address, line], stdin=subprocess.DEVNULL, start_new_session=True)
-            for address, line in lines
-        ]
-        while any(process.poll() is None for process in processes):
+    with stop_signals() as received:
+        machines = [_Machine([*cluster.ssh, address, line]) for address, line in lines]
+        while any(machine.running for machine in machines):
             if received:
                 # ssh hands no signals on; the ranks look for this file
                 folder.stop_file.touch()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                next(p for p in processes if p.returncode is None).wait(_POLL_SECONDS)
-    code = max(process.returncode for process in processes)
-    if any(process.returncode < 0 for process in processes):
-        code = ExitCode.FAILED
-    return ended_by_request(folder, code, received)
+            elif cluster.least_nodes < cluster.nodes:
+                over = any(machine.finished for machine in machines)
+                for machine, address in zip(machines, cluster.addresses, strict=True):
+                    machine.give_up() if over else machine.start_again_if_lost(address)
+            time.sleep(_POLL_SECONDS)
+    codes = [machine.code for machine in machines]
+    if cluster.least_nodes < cluster.nodes and ExitCode.FINISHED in codes:
+        # those that were lost are not missed
+        return ended_by_request(folder, ExitCode.FINISHED, received)
+    return ended_by_request(folder, max(codes), received)
+
+
+class _Machine:
+    """The command that runs the ranks of one machine, and waits for them."""
+
+    def __init__(self, command: list[str]) -> None:
+        self._command = command
+        self._lost_since: float | None = None
+        self._returning = False
+        self._process = self._start()
+
+    @property
+    def running(self) -> bool:
+        """Whether its ranks have not ended."""
+        return self._process.poll() is None
+
+    @property
+    def finished(self) -> bool:
+        """Whether its ranks have reached the end of the run."""
+        return self._process.poll() == ExitCode.FINISHED
+
+    @property
+    def code(self) -> int:
+        """How it ended."""
+        code = self._process.returncode
+        return ExitCode.FAILED if code < 0 else code
+
+    def give_up(self) -> None:
+        """No longer waits for a machine that was lost and is on its way back: the run is over."""
+        if self._returning and self.running:
+            self._process.terminate()
+
+    def start_again_if_lost(self, address: str) -> None:
+        """Tries to bring back a machine without which the others go on, every few seconds."""
+        if self.running or self.code in (ExitCode.FINISHED, ExitCode.BAD_INPUT):
+            return
+        now = time.monotonic()
+        if self._lost_since is None:
+            self._lost_since = now
+            note(f"{address} is lost (exit code {self.code}); the others go on, it is tried again")
+        elif now - self._lost_since >= _RETURN_SECONDS:
+            self._lost_since, self._returning = None, True
+            self._process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        # a session of its own: Ctrl-C must not cut the connections before the ranks have saved
+        return subprocess.Popen(self._command, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
 def status(config: RunConfig) -> str:
@@ -100,13 +147,10 @@ def cancel(config: RunConfig) -> str:
 
 
 def logs(config: RunConfig) -> str:
-    """The end of every rank's output, where it was written to files."""
-    folder = RunFolder(config.run_dir).logs
-    files = sorted(path for path in folder.rglob("*.log") if path.stat().st_size) if folder.is_dir() else []
-    if not files:
-        return "no logs in the run folder: the ranks wrote to the terminal of the launch"
-    newest = max(files, key=os.path.getmtime).parents[1]
-    return "\n".join(tail(path) for path in files if newest in path.parents)
+    """The end of every rank's log."""
+    folder = RunFolder(config.run_dir).logs / "ranks"
+    files = sorted(path for path in folder.glob("*.log") if path.stat().st_size)
+    return "\n".join(tail(path) for path in files) or "no logs in the run folder: no rank has started yet"
 
 
 def tail(path: Path, lines: int = 20) -> str:

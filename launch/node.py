@@ -1,4 +1,4 @@
-"""What a cluster starts on each machine of a run: checks the way to the others, then becomes the agent."""
+"""What a cluster starts on each machine of a run: checks the way to the others, then runs the agent."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ import psutil
 from hstu_dist.config import RunConfig, load
 from hstu_dist.console import report
 from hstu_dist.errors import ExitCode, UserError
+from hstu_dist.run_folder import RunFolder
+from launch.local import run
 from launch.spec import LaunchSpec, Meeting
 from launch.torchrun import agent_command, agent_environment
 
@@ -57,18 +59,26 @@ class NodeArguments:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Becomes the agent of this machine; returns only if that cannot be."""
+    """Runs the agent of this machine, again if it is killed; returns its exit code."""
     try:
-        command, environment = prepare(_parse(arguments), os.environ)
+        parsed = _parse(arguments)
+        spec = prepare(parsed, os.environ)
+        config = load(parsed.config_file)
     except UserError as error:
         report(error)
         return ExitCode.BAD_INPUT
-    # not a child: signals of the cluster reach the agent itself
-    os.execvpe(command[0], command, {**os.environ, **environment})
+    # beside its settings
+    folder = RunFolder(parsed.config_file.parent)
+    return run(
+        agent_command(spec),
+        agent_environment(spec),
+        spec.max_restarts,
+        lambda: folder.finished(config.trainer.last_epoch) is not None,
+    )
 
 
-def prepare(arguments: NodeArguments, variables: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
-    """The agent's command and environment on this machine.
+def prepare(arguments: NodeArguments, variables: Mapping[str, str]) -> LaunchSpec:
+    """The launch as this machine sees it.
 
     Args:
         arguments: as given on the command line.
@@ -85,8 +95,7 @@ def prepare(arguments: NodeArguments, variables: Mapping[str, str]) -> tuple[lis
     config = load(arguments.config_file)
     node = _number(arguments.node, variables, config.cluster.nodes)
     meeting = _meeting(config, arguments, node) if config.cluster.nodes > 1 else None
-    spec = LaunchSpec.of(config, arguments.config_file, meeting, arguments.logs / f"node{node}")
-    return agent_command(spec), agent_environment(spec)
+    return LaunchSpec.of(config, arguments.config_file, meeting, arguments.logs / f"node{node}")
 
 
 def _number(node: str, variables: Mapping[str, str], nodes: int) -> int:
@@ -111,6 +120,7 @@ def _meeting(config: RunConfig, arguments: NodeArguments, node: int) -> Meeting:
         endpoint=arguments.endpoint,
         run_id=arguments.run_id,
         nodes=cluster.nodes,
+        min_nodes=cluster.least_nodes,
         node=node,
         address=address,
         interface=interface,

@@ -24,7 +24,10 @@ def checked_folder(config: RunConfig) -> RunFolder:
     Raises:
         UserError: one line that says what does not fit and how to mend it.
     """
-    preflight(config, config.world_size)
+    # the fewest ranks are those with the fullest memory
+    preflight(config, config.least_world_size)
+    if config.least_world_size < config.world_size:
+        preflight(config, config.world_size)
     folder = RunFolder(config.run_dir)
     # left by a run that ended while it was asked to stop
     folder.stop_file.unlink(missing_ok=True)

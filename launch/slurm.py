@@ -30,7 +30,7 @@ trap ask_to_stop USR1
 # this script runs on the first node; its address is the one that Slurm itself uses
 address=$(scontrol show node "$SLURMD_NODENAME" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
 port={port}
-srun --kill-on-bad-exit=1 {srun}&
+srun {srun}&
 ranks=$!
 # the trap ends a wait early
 while :; do
@@ -89,6 +89,8 @@ def _options(config: RunConfig, folder: RunFolder) -> Iterator[str]:
     # to this script only: the agents would die of it
     yield f"--signal=B:USR1@{cluster.stop_seconds}"
     yield "--requeue"
+    if cluster.least_nodes < cluster.nodes:
+        yield "--no-kill"
     yield "--open-mode=append"
     yield f"--output={shlex.quote(str(folder.logs))}/slurm-%j.out"
     yield from cluster.sbatch
@@ -103,6 +105,9 @@ def _srun(cluster: SlurmConfig, folder: RunFolder) -> str:
         node="SLURM_NODEID",
         logs=folder.logs,
     )
+    # an elastic job outlives a node and the tasks on it
+    elastic = cluster.least_nodes < cluster.nodes
+    ending = ["--kill-on-bad-exit=0", "--no-kill"] if elastic else ["--kill-on-bad-exit=1"]
     # srun does not inherit the cores of the job's tasks
     cpus = [] if cluster.cpus_per_rank is None else ['--cpus-per-task="$SLURM_CPUS_PER_TASK"']
     words = [*cluster.srun, *arguments.words(cluster.python or [sys.executable])]
@@ -111,7 +116,7 @@ def _srun(cluster: SlurmConfig, folder: RunFolder) -> str:
         .replace("ADDRESS:PORT", '"$address:$port"')
         .replace("RUN_ID", '"$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"')
     )
-    return " ".join([*cpus, filled, ""])
+    return " ".join([*ending, *cpus, filled, ""])
 
 
 def preview(config: RunConfig) -> str:

@@ -18,6 +18,7 @@ class Meeting:
         endpoint: `host:port` of the first machine.
         run_id: the same on all machines.
         nodes: machines.
+        min_nodes: machines that are enough when others are lost.
         node: this one; 0 is the first.
         address: this machine's own, by which the others reach it.
         interface: network interface with that address.
@@ -27,6 +28,7 @@ class Meeting:
     endpoint: str
     run_id: str
     nodes: int
+    min_nodes: int
     node: int
     address: str
     interface: str

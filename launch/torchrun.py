@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from launch.spec import LaunchSpec, Meeting
 
 _LAST_CALL_SECONDS = 5
-"""All machines are known beforehand: once they are there, nobody else is waited for."""
+"""How long machines that are enough wait for more of them."""
+_KEEP_ALIVE = {"keep_alive_interval": 2, "keep_alive_max_attempt": 4}
+"""A machine that has said nothing for so many times as many seconds is lost: soon enough to go on without it."""
 
 
 def agent_command(spec: LaunchSpec) -> list[str]:
@@ -37,9 +39,11 @@ def _meeting(meeting: Meeting) -> list[str]:
         "last_call_timeout": _LAST_CALL_SECONDS,
         # its default of a minute would end the agents for good when the network is away for longer
         "read_timeout": max(meeting.join_seconds, 60),
+        **_KEEP_ALIVE,
     }
+    nodes = f"{meeting.min_nodes}:{meeting.nodes}" if meeting.min_nodes < meeting.nodes else str(meeting.nodes)
     return [
-        f"--nnodes={meeting.nodes}",
+        f"--nnodes={nodes}",
         f"--rdzv-id={meeting.run_id}",
         f"--rdzv-endpoint={meeting.endpoint}",
         f"--rdzv-conf={','.join(f'{name}={value}' for name, value in settings.items())}",
@@ -49,13 +53,11 @@ def _meeting(meeting: Meeting) -> list[str]:
 
 def agent_environment(spec: LaunchSpec) -> dict[str, str]:
     """Variables that the agent and its ranks get on top of the launcher's own."""
-    environment = {"OMP_NUM_THREADS": str(spec.threads)}
+    # of the agent's own library only what ends the process: a lost connection has a line of ours
+    environment = {"OMP_NUM_THREADS": str(spec.threads), "TORCH_CPP_LOG_LEVEL": "FATAL"}
     if spec.meeting is not None:
         # both libraries otherwise take the first interface, or what the host name resolves to
         environment |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), spec.meeting.interface)
-        # agents count restarts each for itself, so that ranks cannot tell by the count which keys of a store that
-        # lives on are stale: every attempt gets a new store
-        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return environment
 
 

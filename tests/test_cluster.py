@@ -21,6 +21,8 @@ from hstu_dist.preflight import check_plan
         ("hosts", "cluster.ssh=[]", "cluster: ssh: got no words"),
         ("hosts", "cluster.port=80", "cluster.port: "),
         ("slurm", "cluster.nodes=0", "cluster.nodes: "),
+        ("slurm", "cluster.min_nodes=2", "cluster.min_nodes: got 2, expected at most the 1 machines"),
+        ("hosts", "cluster.min_nodes=0", "cluster.min_nodes: "),
         ("slurm", "cluster.time_limit=soon", "cluster: time_limit: got 'soon', expected minutes or"),
         ("slurm", "cluster.sbatch=[exclusive]", "cluster: sbatch: got 'exclusive', expected options such as"),
         ("slurm", "cluster.srun=[mpi]", "cluster: srun: got 'mpi', expected options such as"),
@@ -47,6 +49,8 @@ def test_time_limits_as_slurm_writes_them(limit: str) -> None:
 def test_ranks_of_all_machines() -> None:
     assert compose(["name=x", "nproc=3"]).world_size == 3
     assert compose(["name=x", "nproc=3", "cluster=slurm", "cluster.nodes=4"]).world_size == 12
+    elastic = compose(["name=x", "nproc=3", "cluster=slurm", "cluster.nodes=4", "cluster.min_nodes=2"])
+    assert (elastic.least_world_size, elastic.world_size) == (6, 12)
     hosts = compose(["name=x", "nproc=3", "cluster=hosts", "cluster.addresses=[a,b]"])
     assert hosts.world_size == 6 and hosts.cluster == HostsConfig(addresses=("a", "b"))
 

@@ -16,7 +16,8 @@ PACKAGE = ROOT / "hstu_dist"
 # a room may import rooms of earlier lines; rooms of one line do not know each other
 LINES = [
     {"errors"},
-    {"validation", "batch", "machine", "console", "files"},
+    {"validation", "batch", "machine", "files"},
+    {"console"},
     {"ops"},
     {"cluster", "data", "models", "losses", "metrics"},
     {"distributed"},
@@ -24,7 +25,7 @@ LINES = [
     {"train", "plan"},
     {"config"},
     {"run_folder"},
-    {"preflight", "report"},
+    {"preflight", "report", "doctor"},
     {"commands"},
     {"__main__"},
 ]
@@ -34,6 +35,9 @@ WITHOUT_TORCH = [
     "hstu_dist.cluster",
     "hstu_dist.checkpoint.manifest",
     "hstu_dist.commands.checkpoint",
+    "hstu_dist.commands.doctor",
+    "hstu_dist.doctor.machine",
+    "hstu_dist.doctor.packages",
     "hstu_dist.config",
     "hstu_dist.preflight",
     "hstu_dist.run_folder",

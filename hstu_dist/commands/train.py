@@ -13,6 +13,8 @@ import torch.distributed as dist
 
 from hstu_dist.checkpoint.manager import CheckpointManager
 from hstu_dist.commands.embedding_table import embedding_table
+from hstu_dist.commands.memory import explained_memory
+from hstu_dist.commands.rank_log import rank_log
 from hstu_dist.commands.result_table import finished_report, result_table
 from hstu_dist.commands.session import Session
 from hstu_dist.config import RunConfig, to_dict
@@ -20,11 +22,14 @@ from hstu_dist.data.split import Split
 from hstu_dist.distributed.agreement import check_machines_agree
 from hstu_dist.distributed.process_group import World, claim_machine, claim_precision, process_group
 from hstu_dist.distributed.table_plan import PLAN_FILE
-from hstu_dist.errors import UserError
+from hstu_dist.errors import ExitCode, UserError
 from hstu_dist.preflight import preflight
 from hstu_dist.run_folder import RunFolder
+from hstu_dist.train.guard import GuardHook
 from hstu_dist.train.hooks import AverageHook, CheckpointHook, EvaluateHook, LogHook, ProfileHook, TrackTestHook
 from hstu_dist.train.metrics_log import MetricsLog
+from hstu_dist.train.ranks import HeartbeatHook, StragglerHook
+from hstu_dist.train.sequence_log import SequenceLog, Step
 from hstu_dist.train.state import TrainState
 from hstu_dist.train.step import TrainStep
 from hstu_dist.train.throughput import job_peak_flops, training_averages
@@ -33,12 +38,15 @@ from hstu_dist.train.trainer import Hook, Trainer
 logger = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, say: Callable[[str], None]) -> None:
+def train(config: RunConfig, say: Callable[[str], None]) -> ExitCode:
     """Trains or continues a run, then tests its best epoch. Every rank calls it.
 
     Args:
         config: the run.
         say: prints a line for the user; called on rank 0 only.
+
+    Returns:
+        FINISHED, also for a run that the file `stop` ended early; STOPPED if a signal to any rank did.
 
     Raises:
         UserError: the run cannot start or go on.
@@ -51,11 +59,11 @@ def train(config: RunConfig, say: Callable[[str], None]) -> None:
         if result is not None:
             if world.is_main:
                 say(finished_report(config, result))
-            return
+            return ExitCode.FINISHED
         claim_machine(config.trainer.threads, world)
         claim_precision(config.trainer.precision, world.device)
-        with _locked(folder, world):
-            _run(config, world, folder, say)
+        with _locked(folder, world), rank_log(folder.logs / "ranks", world), explained_memory(world):
+            return _run(config, world, folder, say)
 
 
 @contextlib.contextmanager
@@ -74,7 +82,7 @@ def _locked(folder: RunFolder, world: World) -> Iterator[None]:
         yield
 
 
-def _run(config: RunConfig, world: World, folder: RunFolder, say: Callable[[str], None]) -> None:
+def _run(config: RunConfig, world: World, folder: RunFolder, say: Callable[[str], None]) -> ExitCode:
     session = Session.build(config, world)
     settings = config.trainer.checkpoint
     checkpoints = CheckpointManager(folder.checkpoints, settings.keep, settings.asynchronous)
@@ -87,11 +95,12 @@ def _run(config: RunConfig, world: World, folder: RunFolder, say: Callable[[str]
         if world.is_main:
             by = f" by {folder.stop_file}" if folder.stop_file.exists() else ""
             say(f"stopped at step {state.step}{by}; the same command continues")
-        return
+        return ExitCode.FINISHED if folder.stop_file.exists() else ExitCode.STOPPED
     result = _test(session, checkpoints, state)
     if world.is_main:
         folder.finish(result)
         say(result_table(config, result))
+    return ExitCode.FINISHED
 
 
 def restore(session: Session, checkpoints: CheckpointManager) -> TrainState:
@@ -119,14 +128,17 @@ def _announce(session: Session, state: TrainState, say: Callable[[str], None]) -
 def _fit(session: Session, checkpoints: CheckpointManager, state: TrainState, folder: RunFolder) -> bool:
     """Trains to the end; False if somebody asked to stop."""
     config, world = session.config, session.world
-    step = TrainStep(
+    step: Step = TrainStep(
         session.recommender, config.loss, session.optimizers, world, config.seed, config.trainer.micro_batches
     )
     with contextlib.ExitStack() as stack:
+        if config.trainer.logging.sequences:
+            step = stack.enter_context(contextlib.closing(SequenceLog(step, folder.sequences, world, state.step)))
         # one rank looks for the file; the ranks agree before each step
         stop_requested = stack.enter_context(stop_requests(folder.stop_file if world.is_main else None))
         stack.callback(checkpoints.close)
         log = None
+        checkpoint = CheckpointHook(config.trainer.checkpoint, checkpoints, session.tensors)
         if world.is_main:
             log = stack.enter_context(MetricsLog(folder.path, config.trainer.logging, to_dict(config), state.step))
         trainer = Trainer(
@@ -138,11 +150,14 @@ def _fit(session: Session, checkpoints: CheckpointManager, state: TrainState, fo
             world=world,
             peak_flops=job_peak_flops(config.trainer.peak_flops, config.trainer.precision, world),
             hooks=[
+                HeartbeatHook(),
+                GuardHook(config.trainer.guard, folder.replay, checkpoint.on_stop),
                 LogHook(config.trainer.logging, log, session.training_flops),
                 *([] if session.average is None else [AverageHook(session.average)]),
+                StragglerHook(config.trainer.logging.every_steps, config.trainer.guard.slow_ratio, log),
                 ProfileHook(config.trainer.profile, folder.path),
                 *_evaluation_hooks(session, log),
-                CheckpointHook(config.trainer.checkpoint, checkpoints, session.tensors),
+                checkpoint,
             ],
             stop_requested=stop_requested,
         )
@@ -165,6 +180,7 @@ def _test(session: Session, checkpoints: CheckpointManager, state: TrainState) -
         "train_on": trainer.train_on,
         "epochs": state.epoch,
         "steps": state.step,
+        "refused_steps": state.refused_steps,
         "stopped_early": state.stopped_early,
     }
     if trainer.validates:

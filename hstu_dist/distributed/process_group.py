@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +15,16 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from hstu_dist.distributed.heartbeat import Heartbeat
 from hstu_dist.errors import PeerLostError, UserError
 from hstu_dist.machine import Precision, cores_per_rank, keep_freed_memory
 
 _LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Socket closed|[Tt]imed out (waiting|connecting)")
 """How gloo words it when another rank has gone; the exception type is a plain RuntimeError."""
+
+
+_PR_SET_PDEATHSIG = 1
+"""From linux/prctl.h."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +36,14 @@ class World:
         size: number of ranks.
         local_size: ranks on this machine.
         device: where this rank computes.
+        heartbeat: tells the others that this rank lives; None: there are no others.
     """
 
     rank: int
     size: int
     local_size: int
     device: torch.device
+    heartbeat: Heartbeat | None = None
 
     @property
     def is_main(self) -> bool:
@@ -55,35 +65,62 @@ def process_group(device_name: str, timeout_seconds: float) -> Iterator[World]:
     """
     device = _device(device_name)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    with _lost_peers():
-        _join(backend, timedelta(seconds=timeout_seconds))
+    heartbeat: Heartbeat | None = None
+    try:
+        beats = _join(backend, timedelta(seconds=timeout_seconds))
         try:
-            local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            yield World(dist.get_rank(), dist.get_world_size(), local_size, device)
+            rank, size = dist.get_rank(), dist.get_world_size()
+            heartbeat = None if beats is None else Heartbeat(beats, rank, size)
+            yield World(rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), device, heartbeat)
         finally:
             dist.destroy_process_group()
+    except RuntimeError as error:
+        # tells a rank that only lost another one from a rank with an error of its own
+        if _LOST.search(str(error)):
+            raise PeerLostError(_lost(error, heartbeat)) from error
+        raise
+    finally:
+        if heartbeat is not None:
+            heartbeat.close()
 
 
-def _join(backend: str, timeout: timedelta) -> None:
+def _join(backend: str, timeout: timedelta) -> dist.Store | None:
+    """Forms the group; returns a connection to the ranks' store that nothing else uses, if there are others."""
     if "RANK" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        return
+        return None
+    _end_with_agent()
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    beats = store.clone() if size > 1 else None
+    prefix = "beats"
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # the agent's store outlives a restart of the ranks: without a prefix they would find the addresses of the dead
-        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        attempt = f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        store, prefix = dist.PrefixStore(attempt, store), f"{attempt}/beats"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    return None if beats is None else dist.PrefixStore(prefix, beats)
 
 
-@contextmanager
-def _lost_peers() -> Iterator[None]:
-    """Tells a rank that only lost another one from a rank with an error of its own."""
-    try:
-        yield
-    except RuntimeError as error:
-        if _LOST.search(str(error)):
-            raise PeerLostError("lost contact with another rank, which failed or cannot be reached") from error
-        raise
+def _end_with_agent() -> None:
+    """Lets the kernel end this rank when its agent dies, where the system can: nobody else would look after it.
+
+    Otherwise it would go on writing into the run folder beside the ranks that a new agent starts.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+
+
+def _lost(error: RuntimeError, heartbeat: Heartbeat | None) -> str:
+    """What happened to the other ranks, as far as this one can tell."""
+    waited = "imed out" in str(error)
+    if heartbeat is None:
+        return "the other ranks cannot be reached"
+    several_machines = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
+    if waited or several_machines:
+        return f"{'waited in vain for another rank' if waited else 'lost another rank'}; {heartbeat.whereabouts()}"
+    # the agent of this machine saw it end
+    return "lost another rank"
 
 
 def _device(name: str) -> torch.device:

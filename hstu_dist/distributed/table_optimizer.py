@@ -94,6 +94,10 @@ class TableOptimizer:
         for table in self.replicated.values():
             table.prepare(factor, int(self.step))
 
+    def take_back(self) -> None:
+        """Ends a step without a backward: the next one has its number."""
+        self.step -= 1
+
     def state_tensors(self) -> dict[str, Any]:
         """State of all rows, laid out like the tables, and the number of steps where an update depends on it.
 

@@ -117,6 +117,8 @@ class LoggingConfig:
         tensorboard: write TensorBoard event files into the run folder.
         wandb: Weights & Biases; offline writes into the run folder.
         wandb_project: project name there.
+        sequences: every rank writes the sequences of each step into the folder `sequences` of the run, to prove that
+            each was trained on once an epoch.
     """
 
     every_steps: int = Field(default=10, gt=0)
@@ -124,6 +126,7 @@ class LoggingConfig:
     tensorboard: bool = True
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     wandb_project: str = "hstu_dist"
+    sequences: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -137,6 +140,20 @@ class ProfileConfig:
 
     first_step: int | None = Field(default=None, ge=0)
     num_steps: int = Field(default=3, gt=0)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class GuardConfig:
+    """What a run says and does about trouble that does not end it at once.
+
+    Attributes:
+        max_refused: such a step changes nothing on any rank and its batch is saved; the run stops after so many of
+            them in a row.
+        slow_ratio: warn when a rank's forward takes so many times as long as the median rank's; null: never.
+    """
+
+    max_refused: int = Field(default=3, ge=1)
+    slow_ratio: float | None = Field(default=1.5, gt=1)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -182,6 +199,7 @@ class TrainerConfig:
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     profile: ProfileConfig = Field(default_factory=ProfileConfig)
+    guard: GuardConfig = Field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:
         if self.precision == "tf32" and self.device == "cpu":

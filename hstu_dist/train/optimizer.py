@@ -9,7 +9,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from hstu_dist.distributed.table_optimizer import TableOptimizer
-from hstu_dist.errors import UserError
 from hstu_dist.train.config import OptimizerConfig, ScheduleConfig
 
 
@@ -58,23 +57,21 @@ class Optimizers:
         self.dense.zero_grad()
         return factor
 
-    def step(self) -> None:
-        """Clips if configured and updates the dense part.
+    def is_finite(self) -> bool:
+        """Whether every element of the dense gradient is a number, wherever its parts are; all ranks call it."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.names if p.grad is not None])
+        return bool((norm.full_tensor() if isinstance(norm, DTensor) else norm).isfinite())
 
-        Raises:
-            UserError: the gradient's norm, which clipping needs, is NaN or infinite.
-        """
+    def step(self) -> None:
+        """Clips if configured and updates the dense part."""
         if self.config.clip_norm is not None:
             # of the whole averaged gradient, wherever its parts are: every rank clips alike
-            norm = torch.nn.utils.clip_grad_norm_(list(self.names), self.config.clip_norm)
-            if isinstance(norm, DTensor):
-                norm = norm.full_tensor()
-            if not norm.isfinite():
-                raise UserError(
-                    f"the norm of the dense gradient is {float(norm)}",
-                    "lower the learning rates; the last checkpoint is intact",
-                )
+            torch.nn.utils.clip_grad_norm_(list(self.names), self.config.clip_norm)
         self.dense.step()
+
+    def take_back(self) -> None:
+        """Ends a step that `prepare` began and nothing was updated in."""
+        self.table.take_back()
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """Moments and step counts of the dense part, `name.moment` → tensor; created if no step was taken yet."""

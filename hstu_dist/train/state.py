@@ -13,7 +13,8 @@ class TrainState:
     Attributes:
         epoch: epochs finished.
         batch: global batches finished in the current epoch.
-        step: optimizer steps taken.
+        step: optimizer steps taken, refused ones included.
+        refused_steps: steps that changed nothing, because a loss or gradient was not finite.
         tokens: positions computed, over all ranks.
         attention_pairs: visible (query, key) pairs trained on, over all ranks.
         context: of these positions, those whose targets the loss left out.
@@ -35,6 +36,7 @@ class TrainState:
     epoch: int = 0
     batch: int = 0
     step: int = 0
+    refused_steps: int = 0
     tokens: int = 0
     attention_pairs: int = 0
     context: int = 0

@@ -102,7 +102,7 @@ class Trainer:
             if self.interrupted:
                 return
             result = self.step(host_batch.to(self.world.device), work, (state.step, self.total_steps))
-            self._count(work)
+            self._count(result.work)
             for hook in self.hooks:
                 hook.after_step(self, result)
         state.epoch, state.batch = state.epoch + 1, 0

@@ -76,6 +76,26 @@ for _ in $(seq 100); do [ -e {shlex.quote(str(stop))} ] && exit 0; sleep 0.1; do
     assert not stop.exists()
 
 
+def test_a_lost_machine_is_brought_back_while_the_others_go_on(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("launch.hosts._RETURN_SECONDS", 0.5)
+    count = f"grep -c 10.0.0.2 {shlex.quote(str(tmp_path))}/called"
+    line = f"""[ "$address" = a.example ] && {{ until [ "$({count})" = 3 ]; do sleep 0.1; done; exit 0; }}
+[ "$({count})" = 3 ] || exit 255
+exec sleep 60"""
+    elastic = ["cluster.start=ssh", "cluster.min_nodes=1", ssh(tmp_path, line)]
+    # the machine that is on its way back when the run ends is not waited for
+    assert main([*overrides, *elastic]) == 0
+    assert capfd.readouterr().err.count("10.0.0.2 is lost (exit code 255); the others go on, it is tried again") == 2
+
+
+def test_bad_input_of_one_machine_is_not_tried_again(overrides: list[str], tmp_path: Path) -> None:
+    line = '[ "$address" = a.example ] && exit 1; exit 2'
+    assert main([*overrides, "cluster.start=ssh", "cluster.min_nodes=1", ssh(tmp_path, line)]) == 2
+    assert len((tmp_path / "called").read_text().splitlines()) == 2
+
+
 def test_no_hosts(overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*overrides, "cluster.addresses=[]"]) == 2
     assert capsys.readouterr().err.startswith("error: cluster.addresses: got none\n  mend: name the machines")

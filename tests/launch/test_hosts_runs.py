@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.two_hosts import TwoHosts, missing, two_hosts
 from launch.__main__ import main
 from tests.launch.runs import Ended, Started, TinyRun
-from tests.launch.two_hosts import TwoHosts, missing, two_hosts
 
 _MISSING = missing()
 pytestmark = [

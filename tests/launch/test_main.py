@@ -26,7 +26,7 @@ def agents(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Commands that would have started an agent; any other new process fails the test."""
     commands: list[list[str]] = []
 
-    def run(command: Sequence[str], _environment: Mapping[str, str]) -> int:
+    def run(command: Sequence[str], _environment: Mapping[str, str], _restarts: int) -> int:
         commands.append(list(command))
         return ExitCode.FINISHED
 
@@ -63,7 +63,7 @@ def test_dry_run_prints_the_command_and_touches_nothing(
     assert main([*overrides, "data.path=/nowhere", flag]) == 0
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1
-    assert shlex.split(printed)[1:] == agent_command(LaunchSpec.of(compose(overrides)))
+    assert shlex.split(printed)[2:] == agent_command(LaunchSpec.of(compose(overrides)))
     assert agents == [] and not (tmp_path / "runs").exists()
 
 
@@ -71,7 +71,7 @@ def test_starts_what_dry_run_prints(
     overrides: list[str], agents: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     main([*overrides, "dry_run=true"])
-    printed = shlex.split(capsys.readouterr().out)[1:]
+    printed = shlex.split(capsys.readouterr().out)[2:]
     assert main([*overrides, "dry_run=false"]) == 0
     assert agents == [printed]
     config = compose(overrides)
@@ -181,7 +181,7 @@ def test_a_stop_file_ends_a_run_with_a_code_of_its_own(
     # of an earlier run
     folder.stop_file.touch()
     assert main(overrides) == 0
-    monkeypatch.setattr(local, "run", lambda command, environment: folder.stop_file.touch() or 0)
+    monkeypatch.setattr(local, "run", lambda command, environment, restarts: folder.stop_file.touch() or 0)
     assert main(overrides) == ExitCode.STOPPED
     assert not folder.stop_file.exists()
 

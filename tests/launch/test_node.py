@@ -15,6 +15,7 @@ from torch.distributed.run import parse_args
 from hstu_dist.config import compose, save
 from hstu_dist.errors import UserError
 from launch.node import NodeArguments, _parse, check_port_is_free, main, own_address, prepare, wait_for_host
+from launch.torchrun import agent_command, agent_environment
 
 
 @pytest.fixture
@@ -35,7 +36,8 @@ def test_arguments_survive_the_command_line(arguments: NodeArguments) -> None:
 
 @pytest.mark.parametrize(("place", "is_host"), [("0", True), ("1", False)])
 def test_torchrun_reads_the_arguments(arguments: NodeArguments, place: str, is_host: bool) -> None:
-    command, environment = prepare(arguments, {"PLACE": place})
+    spec = prepare(arguments, {"PLACE": place})
+    command, environment = agent_command(spec), agent_environment(spec)
     assert command[:3] == [sys.executable, "-m", "hstu_dist.distributed.agent"]
     read = parse_args(command[3:])
     assert (read.nnodes, read.nproc_per_node, read.max_restarts) == ("2", "3", 4)
@@ -50,8 +52,14 @@ def test_torchrun_reads_the_arguments(arguments: NodeArguments, place: str, is_h
 
 def test_a_machine_alone_meets_nobody(arguments: NodeArguments) -> None:
     save(compose(["name=x", "cluster=kubernetes"]), arguments.config_file)
-    command, environment = prepare(replace(arguments, endpoint="nowhere.invalid:1"), {"PLACE": "0"})
-    assert "--rdzv-endpoint=localhost:0" in command and "GLOO_SOCKET_IFNAME" not in environment
+    spec = prepare(replace(arguments, endpoint="nowhere.invalid:1"), {"PLACE": "0"})
+    assert "--rdzv-endpoint=localhost:0" in agent_command(spec) and "GLOO_SOCKET_IFNAME" not in agent_environment(spec)
+
+
+def test_an_elastic_run_needs_its_fewest_machines_only(arguments: NodeArguments) -> None:
+    save(compose(["name=x", "cluster=slurm", "cluster.nodes=4", "cluster.min_nodes=2"]), arguments.config_file)
+    read = parse_args(agent_command(prepare(arguments, {"PLACE": "0"}))[3:])
+    assert read.nnodes == "2:4" and "keep_alive_interval=" in read.rdzv_conf
 
 
 @pytest.mark.parametrize("node", ["2", "-1", "first", "UNSET"])

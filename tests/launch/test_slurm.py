@@ -66,6 +66,21 @@ def test_a_rank_has_a_gpu_each(overrides: list[str], capsys: pytest.CaptureFixtu
     assert "--gpus-per-node=8" in found and "--nodes=3" in found
 
 
+def test_an_elastic_job_outlives_a_node(overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    elastic = [word for word in overrides if not word.startswith("cluster.nodes=")]
+    assert main([*elastic, "nodes=2:4", "dry_run=true"]) == 0
+    text = capsys.readouterr().out
+    assert {"--nodes=4", "--no-kill"} <= set(options(text))
+    assert "srun --kill-on-bad-exit=0 --no-kill " in text
+    assert "--no-kill" not in script(compose(overrides))
+
+
+def test_no_sbatch(overrides: list[str], programs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(overrides) == 2
+    error, mend = capsys.readouterr().err.splitlines()
+    assert error == "error: sbatch: no such program here" and mend.startswith("  mend: launch from a machine of the cl")
+
+
 def test_a_container_starts_python(overrides: list[str]) -> None:
     settings = [
         "cluster.srun=['--container-image=image.sqsh']",

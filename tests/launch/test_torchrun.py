@@ -29,7 +29,7 @@ def test_torchrun_reads_the_arguments() -> None:
 def test_a_shell_reads_the_line_back() -> None:
     line = as_shell(agent_command(SPEC), agent_environment(SPEC))
     assert "\n" not in line
-    assert shlex.split(line) == ["OMP_NUM_THREADS=2", *agent_command(SPEC)]
+    assert shlex.split(line) == ["OMP_NUM_THREADS=2", "TORCH_CPP_LOG_LEVEL=FATAL", *agent_command(SPEC)]
 
 
 def test_spec_takes_ranks_threads_and_restarts_from_the_run() -> None:

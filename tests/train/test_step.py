@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +15,13 @@ from torch import Tensor
 from hstu_dist.batch import JaggedBatch
 from hstu_dist.commands.session import Session
 from hstu_dist.data.split import Split
-from hstu_dist.errors import UserError
+from hstu_dist.distributed.process_group import process_group
+from hstu_dist.losses.softmax import softmax_loss
 from hstu_dist.models.flops import Workload
+from hstu_dist.train import step as step_module
 from hstu_dist.train.step import TrainStep
-from tests.distributed.cases import build, tiny_config
+from tests.distributed.cases import build, snapshot, tiny_config, whole
+from tests.distributed.ranks import run_ranks
 from tests.train.cases import WORLD
 
 
@@ -79,25 +84,86 @@ def test_context_counts_neither_in_the_loss_nor_in_the_mean(loss: str, tiny_data
     assert loss_none == 0 and not gradient_none.any()
 
 
+def tensors_of(session: Session) -> dict[str, torch.Tensor]:
+    return {name: whole(value) for name, value in session.tensors().items()}
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+@pytest.mark.parametrize("clip_norm", ["null", "1.0"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_is_refused_before_anything_is_updated(value: float, tiny_data: Path) -> None:
+def test_a_gradient_that_is_not_finite_changes_nothing(value: float, clip_norm: str, tiny_data: Path) -> None:
+    session, step = step_of(tiny_data, f"optimizer.clip_norm={clip_norm}")
+    first, second = list(session.loader(Split.TRAIN).epoch(0))[:2]
+    step(first, work_of(first), (0, 16))
+    before = tensors_of(session)
+    # the loss is finite, one weight's gradient is not
+    weight = session.recommender.tower.get_parameter("position.weight")
+    handle = weight.register_hook(lambda gradient: gradient * value)
+    result = step(second, work_of(second), (1, 16))
+    assert result.refusal is not None and result.refusal.reason == "the gradient is not finite on rank 0"
+    assert torch.equal(result.refusal.batch.row_ids, second.row_ids) and result.refusal.work == work_of(second)
+    assert result.loss_sum == 0 and result.work == Workload()
+    assert same(before, tensors_of(session))
+    # and the step is taken as if nothing had been
+    handle.remove()
+    assert step(second, work_of(second), (1, 16)).refusal is None
+    untouched, other = step_of(tiny_data, f"optimizer.clip_norm={clip_norm}")
+    for number, batch in enumerate((first, second)):
+        other(batch, work_of(batch), (number, 16))
+    assert same(tensors_of(session), tensors_of(untouched))
+
+
+def test_weights_that_are_no_numbers_are_found_by_the_loss(tiny_data: Path) -> None:
     session, step = step_of(tiny_data)
     with torch.no_grad():
-        session.recommender.tower.get_parameter("position.weight")[0, 0] = value
-    before = {name: tensor.clone() for name, tensor in session.recommender.tower.state_dict().items()}
+        session.recommender.tower.get_parameter("position.weight").fill_(math.nan)
     batch = next(session.loader(Split.TRAIN).epoch(0))
-    with pytest.raises(UserError, match="step 3: the loss is nan on rank 0") as caught:
-        step(batch, work_of(batch), (3, 16))
-    assert "learning rates" in caught.value.remedy
-    after = session.recommender.tower.state_dict()
-    assert all(
-        torch.equal(
-            after[name],
-            tensor,
-        )
-        or name == "position.weight"
-        for name, tensor in before.items()
-    )
+    refusal = step(batch, work_of(batch), (3, 16)).refusal
+    assert refusal is not None and refusal.reason == "the loss is not a finite number on rank 0"
+
+
+def test_what_goes_wrong_once_is_computed_again(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = []
+    for wrong in (-1, 2):
+        session, step = step_of(tiny_data)
+        calls = count()
+
+        def loss(*arguments: Any, calls: Any = calls, wrong: int = wrong) -> torch.Tensor:
+            return softmax_loss(*arguments) * (math.nan if next(calls) == wrong else 1.0)
+
+        monkeypatch.setattr("hstu_dist.train.step.softmax_loss", loss)
+        results = [step(batch, work_of(batch), (i, 16)) for i, batch in enumerate(session.loader(Split.TRAIN).epoch(0))]
+        assert all(result.refusal is None for result in results)
+        losses.append(([result.loss_sum for result in results], tensors_of(session)))
+    assert losses[0][0] == losses[1][0] and same(losses[0][1], losses[1][1])
+
+
+def refuses_alike(data: Path) -> tuple[list[str | None], float]:
+    """On a rank: reasons of three steps, of which rank 1 finds the second wrong, and a sum over the final weights."""
+    with process_group("cpu", 60) as world:
+        session = build(tiny_config(data, Path("unused")), world)
+        step = TrainStep(session.recommender, session.config.loss, session.optimizers, world, session.config.seed)
+        weight = session.recommender.tower.get_parameter("position.weight")
+        reasons: list[str | None] = []
+        for number, batch in zip(range(3), session.loader(Split.TRAIN).epoch(0), strict=False):
+            before = snapshot(session)
+            true_loss = step_module.softmax_loss
+            if number == 1 and world.rank == 1:
+                step_module.softmax_loss = lambda *a, true_loss=true_loss: true_loss(*a) * math.nan
+            refusal = step(batch, work_of(batch), (number, 16)).refusal
+            step_module.softmax_loss = true_loss
+            reasons.append(None if refusal is None else refusal.reason)
+            assert same(before, snapshot(session)) == (number == 1)
+        return reasons, float(weight.detach().double().sum())
+
+
+@pytest.mark.distributed
+def test_all_ranks_refuse_what_one_finds(tiny_data: Path) -> None:
+    (first, weight), (second, other) = run_ranks(2, refuses_alike, tiny_data)
+    assert first == second == [None, "the loss is not a finite number on rank 1", None] and weight == other
 
 
 class Kept:
