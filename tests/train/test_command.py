@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hstu_dist.checkpoint.manifest import read_manifest
 from hstu_dist.commands.evaluate import evaluate_run
 from hstu_dist.commands.train import train
 from hstu_dist.config import load
@@ -14,7 +15,7 @@ from hstu_dist.data.split import Split
 from hstu_dist.train.metrics_log import read_metrics
 from tests.distributed.cases import tiny_config
 from tests.distributed.ranks import RanksFailedError, run_ranks
-from tests.tiny import result_of
+from tests.tiny import NUM_ITEMS, result_of
 
 
 def train_tiny(data: Path, output: Path, *settings: str) -> list[str]:
@@ -74,7 +75,13 @@ def test_a_run_ends_with_a_result_that_evaluation_confirms(tiny_data: Path, tmp_
 
 def test_a_run_goes_on_with_more_epochs(tiny_data: Path, tmp_path: Path) -> None:
     (first,) = run_ranks(1, train_tiny, tiny_data, tmp_path, "trainer.epochs=1")
-    (second,) = run_ranks(1, train_tiny, tiny_data, tmp_path, "trainer.epochs=2")
+    plan = tmp_path / "tiny" / "embedding_plan.json"
+    assert any("embedding tables on 1 ranks" in line and "row_wise" in line for line in first)
+    # by the plan that it has made, as another run would be
+    (second,) = run_ranks(1, train_tiny, tiny_data, tmp_path, "trainer.epochs=2", f"embedding.plan={plan}")
+    described = read_manifest(tmp_path / "tiny" / "checkpoints" / "step-00000016").state["tables"]["item"]
+    assert (described["rows"], described["width"], described["dtype"]) == (NUM_ITEMS, 8, "fp32")
+    assert described["optimizer"]["kind"] == "rowwise_adagrad" and described["optimizer"]["learning_rate"] == 0.05
     assert any("continuing at epoch 1, step 8" in line for line in second) and first != second
     assert json.loads((tmp_path / "tiny" / "result.json").read_text())["steps"] == 16
 
