@@ -154,10 +154,10 @@ def save_flame(boxes: Sequence[tuple[str, int, float, float]], title: str, stem:
     drawn = [box for box in boxes if box[3] >= whole / 500]
     figure = Figure(figsize=(14, 1 + 0.3 * (1 + max(depth for _, depth, _, _ in drawn))), layout="constrained")
     panel = figure.subplots()
-    colours = mpl.colormaps["Pastel1"].colors
+    palette = mpl.colormaps["Pastel1"]
     for name, depth, left, width in drawn:
         # the same name has the same colour in every run
-        colour = colours[zlib.crc32(name.encode()) % len(colours)]
+        colour = palette(zlib.crc32(name.encode()) % palette.N)
         panel.barh(depth, width, left=left, height=1.0, align="center", color=colour, edgecolor="white", linewidth=0.5)
         # about as many letters as fit
         letters = int(150 * width / whole)
