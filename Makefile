@@ -11,7 +11,7 @@ SOURCES_OF_INSTALL := pyproject.toml hatch_build.py packaging/fbgemm-gpu-shim/py
 	$(wildcard hstu_dist/ops/csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install data train results report test test-long test-cluster faults check format clean
+.PHONY: help install data train results gpu report test test-long test-cluster faults check format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -36,6 +36,9 @@ train: data  ## train HSTU on MovieLens-1M with NPROC ranks, evaluate, print the
 results: data  ## repeat the published MovieLens-1M table at three seeds with NPROC ranks, hours; render all tables
 	$(RUN) -m benchmarks ml1m --nproc $(NPROC)
 	$(RUN) -m hstu_dist report results
+
+gpu: $(STAMP)  ## on a machine with a GPU: its tests, tuned kernels, all benchmarks that depend on it; 20 minutes at most
+	$(RUN) -m benchmarks gpu
 
 report: $(STAMP)  ## render README.md's tables, docs/results.md and plots from benchmarks/results
 	$(RUN) -m hstu_dist report results

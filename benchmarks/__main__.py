@@ -32,7 +32,8 @@ BENCHMARKS: Mapping[str, str] = {
     "launch": "seconds to the first step of `python -m launch` over plain torchrun",
     "ml1m": "SASRec and HSTU on MovieLens-1M at several seeds: epoch chosen on validation, then a refit; hours",
     "external": "any other program beside this package's training step, on the same data and lengths",
-    "all": "every benchmark but ml1m and external, a process each; continues after an interruption",
+    "all": "every benchmark but ml1m, external and gpu, a process each; continues after an interruption",
+    "gpu": "on a machine with a GPU: its tests, tuned kernels, and what depends on it; 20 minutes at most",
 }
 """Name of each benchmark, which is the name of its module, and what it measures."""
 

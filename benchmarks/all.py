@@ -26,8 +26,8 @@ from hstu_dist.report.results import load
 
 log = logging.getLogger(__name__)
 
-LEFT_OUT = ("ml1m", "external", "all")
-"""Hours long, in need of a command, this one."""
+LEFT_OUT = ("ml1m", "external", "all", "gpu")
+"""Hours long, in need of a command, this one, what runs this one."""
 
 _GRACE_SECONDS = 20.0
 """How long an interrupted benchmark may take to end by itself."""
@@ -58,7 +58,7 @@ class _FailedError(Exception):
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark alone."""
-    known = [name for name in BENCHMARKS if name != "all"]
+    known = [name for name in BENCHMARKS if name not in ("all", "gpu")]
     parser.add_argument("--only", nargs="+", choices=known, metavar="NAME", help="these, in this order")
     parser.add_argument("--skip", nargs="+", choices=known, default=[], metavar="NAME", help="all but these")
     parser.add_argument("--within", type=positive, metavar="MINUTES", help="stop then; what is left is named")

@@ -64,6 +64,11 @@ def device_slug(device: torch.device) -> str:
     return re.sub(r"[^a-z0-9]+", "_", (model[0] if model else name).lower()).strip("_")
 
 
+def result_name(name: str, device: torch.device) -> str:
+    """Of a result file that CPUs and GPUs have under different names; the plain one is the CPU's."""
+    return name if device.type == "cpu" else f"{name}_{device_slug(device)}"
+
+
 def commit() -> str:
     """The checked-out commit, `+changes` added if the tree differs from it, or `unknown` outside git."""
     try:

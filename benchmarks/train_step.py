@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.environment import describe
+from benchmarks.environment import describe, result_name
 from benchmarks.harness import Samples
 from benchmarks.ranks import ask_ranks
 from benchmarks.train_step_worker import PARTS, Answer, Request
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
             ratios += ratios_of(label, case, answer)
             _print_parts(label, answer)
     results = Results(
-        name="train_step",
+        name=result_name("train_step", options.device),
         command=options.command,
         rows=tuple(rows),
         ratios=tuple(ratios),

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import profile
 
+from benchmarks.harness import clock_of
 from hstu_dist.batch import JaggedBatch
 from hstu_dist.commands.session import Session
 from hstu_dist.config import compose
@@ -29,7 +30,9 @@ from hstu_dist.models.flops import Workload, count_flops
 from hstu_dist.train.hooks import peak_memory_bytes
 from hstu_dist.train.step import TrainStep
 
-_GEMM_SIZE = 2048
+_GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
+"""A smaller product would not fill a GPU."""
+
 _PROFILED_STEPS = 4
 
 PARTS = (
@@ -90,7 +93,7 @@ class Answer:
         seconds: of each timed step.
         tokens: positions of each timed step, all ranks.
         flops: needed FLOPs of each timed step, all ranks.
-        gemm_flops_per_second: of a 2048 x 2048 float32 product between the steps, all ranks together.
+        gemm_flops_per_second: of a square float32 product between the steps, all ranks together.
         peak_bytes: largest resident size of rank 0 in the untimed steps.
         parts: seconds per step of each of PARTS, in profiled steps of rank 0.
     """
@@ -163,22 +166,23 @@ class _Runner:
 
 
 def _gemm_rate(world: World) -> float:
-    a, b = torch.ones(2, _GEMM_SIZE, _GEMM_SIZE)
+    size = _GEMM_SIZE[world.device.type]
+    a, b = torch.ones(2, size, size, device=world.device)
     torch.mm(a, b)
     dist.barrier()
-    begin = time.perf_counter()
-    torch.mm(a, b)
-    rate = 2 * _GEMM_SIZE**3 / (time.perf_counter() - begin)
-    return float(sum_over_ranks(torch.tensor([rate], dtype=torch.float64)))
+    rate = 2 * size**3 / clock_of(world.device)(lambda: torch.mm(a, b))
+    return float(sum_over_ranks(torch.tensor([rate], dtype=torch.float64, device=world.device)))
 
 
 def _profiled(runner: _Runner, batches: Sequence[JaggedBatch]) -> dict[str, float]:
     with profile() as profiler:
         for batch in batches:
             runner.run(batch)
+    # on a GPU an operator's own time is that of the kernels it launched
+    own = "self_device_time_total" if runner.world.device.type == "cuda" else "self_cpu_time_total"
     parts: dict[str, float] = defaultdict(float)
     for event in profiler.events():
-        parts[part_of(_names(event))] += event.self_cpu_time_total / 1e6 / len(batches)
+        parts[part_of(_names(event))] += getattr(event, own) / 1e6 / len(batches)
     return {part: parts[part] for part in PARTS}
 
 

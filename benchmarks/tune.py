@@ -57,7 +57,8 @@ def run(options: argparse.Namespace) -> int:
         bench = Bench.of(key, table, device, forward_only=key.kernel is configs.Kernel.FORWARD)
         table[key] = climb(start, neighbours, bench.rank)
         log.info("%s: %s -> %s", key, start, table[key])
-    configs.write_table(configs.TABLE_PATH, table)
+        # at once, so that a run which is stopped keeps what it found
+        configs.write_table(configs.TABLE_PATH, table)
     sys.stdout.write(f"{configs.TABLE_PATH}\nits compile reports are out of date: run python -m benchmarks kernels\n")
     return 0
 

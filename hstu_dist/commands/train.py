@@ -26,8 +26,9 @@ from hstu_dist.errors import ExitCode, UserError
 from hstu_dist.preflight import preflight
 from hstu_dist.run_folder import RunFolder
 from hstu_dist.train.guard import GuardHook
-from hstu_dist.train.hooks import AverageHook, CheckpointHook, EvaluateHook, LogHook, ProfileHook, TrackTestHook
+from hstu_dist.train.hooks import AverageHook, CheckpointHook, EvaluateHook, LogHook, TrackTestHook
 from hstu_dist.train.metrics_log import MetricsLog
+from hstu_dist.train.profile import ProfileHook
 from hstu_dist.train.ranks import HeartbeatHook, StragglerHook
 from hstu_dist.train.sequence_log import SequenceLog, Step
 from hstu_dist.train.state import TrainState
@@ -91,7 +92,10 @@ def _run(config: RunConfig, world: World, folder: RunFolder, say: Callable[[str]
         _announce(session, state, say)
         folder.describe(config)
         session.recommender.tables.plan.save(folder.path / PLAN_FILE)
-    if not _fit(session, checkpoints, state, folder):
+    finished = _fit(session, checkpoints, state, folder)
+    if world.is_main and config.trainer.profile.first_step is not None:
+        _draw_profile(folder)
+    if not finished:
         if world.is_main:
             by = f" by {folder.stop_file}" if folder.stop_file.exists() else ""
             say(f"stopped at step {state.step}{by}; the same command continues")
@@ -111,6 +115,17 @@ def restore(session: Session, checkpoints: CheckpointManager) -> TrainState:
         state.load_state_dict(values)
     state.tables = {name: spec.describe() for name, spec in session.recommender.tables.specs.items()}
     return state
+
+
+def _draw_profile(folder: RunFolder) -> None:
+    """A picture of the traced steps beside their trace; a run that trained all the same does not fail for it."""
+    try:
+        # matplotlib is not among what training needs
+        from hstu_dist.report.flame import write_flame
+
+        logger.info("picture of a step written to %s", write_flame(folder.path)[1])
+    except (ImportError, UserError) as error:
+        logger.warning("no picture of a step: %s", error)
 
 
 def _announce(session: Session, state: TrainState, say: Callable[[str], None]) -> None:

@@ -69,6 +69,14 @@ TOPICS: Mapping[str, Topic] = {
             "HSTU-large, 2 ranks, limit of 0.35 s over time:": ("HSTU-large, 2 x 1 threads", "step", "0.35 s", "step")
         },
     ),
+    "encoder_cpu": Topic(
+        title="Encoder against flash attention, on a CPU",
+        note="Original sequences per second of HSTU layers over pre-norm Transformer layers of the same width and "
+        "depth (D 512, 8 heads), fp32; torch's flash attention stands in for FlashAttention2, which has no "
+        "CPU kernels. Full: every sequence has N tokens; ragged: a quarter of that in mean; SL: Stochastic "
+        "Length keeps whole or cuts as its law says. A padded Transformer spends the same on each. "
+        "Activations: of a Transformer layer over those of an HSTU layer.",
+    ),
     "data": Topic(
         title="Data",
         note="One process; a ratio above 1 means better than the limit. Sparsity: share of inputs left out of "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -136,6 +137,40 @@ def save_lines(
         panel.tick_params(labelsize=8)
         panel.legend(fontsize=7)
     columns[0].set_ylabel(values, fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    return save_figure(figure, stem)
+
+
+def save_flame(boxes: Sequence[tuple[str, int, float, float]], title: str, stem: Path) -> tuple[Path, Path]:
+    """Nested times as boxes, each below the one that it is a part of.
+
+    Args:
+        boxes: (name, depth, left edge, width), the outermost first; what is narrower than a 500th of it is left out.
+        title: of the figure.
+        stem: where, without suffix.
+
+    Returns:
+        Paths of PNG and SVG.
+    """
+    whole = boxes[0][3]
+    drawn = [box for box in boxes if box[3] >= whole / 500]
+    figure = Figure(figsize=(14, 1 + 0.3 * (1 + max(depth for _, depth, _, _ in drawn))), layout="constrained")
+    panel = figure.subplots()
+    palette = mpl.colormaps["Pastel1"]
+    for name, depth, left, width in drawn:
+        # the same name has the same colour in every run
+        colour = palette(zlib.crc32(name.encode()) % palette.N)
+        panel.barh(depth, width, left=left, height=1.0, align="center", color=colour, edgecolor="white", linewidth=0.5)
+        # about as many letters as fit
+        letters = int(150 * width / whole)
+        if letters >= 3:
+            text = f"{name} {width:.3g} ms" if len(name) + 9 <= letters else name[:letters]
+            panel.text(left + whole / 1000, depth, text, fontsize=7, va="center", clip_on=True)
+    panel.invert_yaxis()
+    panel.set_xlim(0, whole)
+    panel.set_yticks([])
+    panel.set_xlabel("ms", fontsize=8)
+    panel.tick_params(labelsize=8)
     figure.suptitle(title, fontsize=9)
     return save_figure(figure, stem)
 

@@ -131,15 +131,22 @@ class LoggingConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ProfileConfig:
-    """Trace of a few steps for Chrome's or Perfetto's viewer.
+    """Trace of a few steps for Chrome's or Perfetto's viewer, and a picture of where their time goes.
 
     Attributes:
         first_step: first traced step of the process; null: no trace.
         num_steps: how many steps are traced.
+        memory: also record allocations: memory.json (bytes by operator), and on a GPU memory_snapshot.pickle for
+            PyTorch's memory viewer. Slows the traced steps down.
     """
 
     first_step: int | None = Field(default=None, ge=0)
     num_steps: int = Field(default=3, gt=0)
+    memory: bool = False
+
+    def __post_init__(self) -> None:
+        if self.memory and self.first_step is None:
+            raise ValueError("memory: got true without first_step, expected the step from which on it is recorded")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

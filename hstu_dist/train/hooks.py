@@ -7,18 +7,16 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from hstu_dist.checkpoint.manager import CheckpointManager
 from hstu_dist.distributed.process_group import sum_over_ranks
 from hstu_dist.models.flops import Workload
 from hstu_dist.train.average import WeightAverage
-from hstu_dist.train.config import CheckpointConfig, EvaluationConfig, LoggingConfig, ProfileConfig
+from hstu_dist.train.config import CheckpointConfig, EvaluationConfig, LoggingConfig
 from hstu_dist.train.metrics_log import MetricsLog
 from hstu_dist.train.step import StepResult
 from hstu_dist.train.trainer import Hook, Trainer
@@ -229,44 +227,3 @@ class CheckpointHook(Hook):
 
     def _save(self, trainer: Trainer) -> None:
         self.manager.save(self.tensors(), trainer.state.state_dict(), trainer.state.best_step)
-
-
-class ProfileHook(Hook):
-    """Traces a few steps of rank 0 into `trace.json`, for Chrome's or Perfetto's viewer."""
-
-    def __init__(self, config: ProfileConfig, run_dir: Path) -> None:
-        self.config = config
-        self.path = run_dir / "trace.json"
-        self._steps = 0
-        self._profile: profile | None = None
-
-    def on_start(self, trainer: Trainer) -> None:
-        """Starts at once if the first step is to be traced."""
-        self._maybe_start(trainer)
-
-    def after_step(self, trainer: Trainer, result: StepResult) -> None:
-        """Starts before the configured step, stops after the configured number."""
-        self._steps += 1
-        first = self.config.first_step
-        if self._profile is not None and first is not None and self._steps >= first + self.config.num_steps:
-            self._finish()
-        self._maybe_start(trainer)
-
-    def on_stop(self, trainer: Trainer) -> None:
-        """Writes a trace that the end of the run cut short."""
-        self._finish()
-
-    def _maybe_start(self, trainer: Trainer) -> None:
-        if trainer.world.is_main and self.config.first_step == self._steps:
-            activities = [ProfilerActivity.CPU]
-            if trainer.world.device.type == "cuda":
-                activities.append(ProfilerActivity.CUDA)
-            self._profile = profile(activities=activities)
-            self._profile.start()
-
-    def _finish(self) -> None:
-        if self._profile is not None:
-            self._profile.stop()
-            self._profile.export_chrome_trace(str(self.path))
-            logger.info("trace of %d steps written to %s", self.config.num_steps, self.path)
-            self._profile = None

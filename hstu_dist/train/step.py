@@ -194,8 +194,9 @@ class TrainStep:
                     loss_sum = softmax_loss(queries_TD, candidates, self.softmax)
                 watch.stop()
                 total += loss_sum.detach()
-                # gradients are averaged over ranks; the mean wanted is over all positions of all ranks
-                (loss_sum * (self.world.size / max(1, work.targets))).backward()
+                with record_function("backward"):
+                    # gradients are averaged over ranks; the mean wanted is over all positions of all ranks
+                    (loss_sum * (self.world.size / max(1, work.targets))).backward()
         return float(total)
 
     def _negatives(self, batch: JaggedBatch, step: int) -> Tensor | None:

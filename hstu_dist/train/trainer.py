@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from torch.profiler import record_function
 
 from hstu_dist.batch import JaggedBatch
 from hstu_dist.data.loader import BatchLoader
@@ -101,7 +102,9 @@ class Trainer:
             work, self.interrupted = self._agree(host_batch)
             if self.interrupted:
                 return
-            result = self.step(host_batch.to(self.world.device), work, (state.step, self.total_steps))
+            # the outermost part of a profile
+            with record_function("step"):
+                result = self.step(host_batch.to(self.world.device), work, (state.step, self.total_steps))
             self._count(result.work)
             for hook in self.hooks:
                 hook.after_step(self, result)

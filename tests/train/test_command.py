@@ -12,6 +12,7 @@ from hstu_dist.commands.evaluate import evaluate_run
 from hstu_dist.commands.train import train
 from hstu_dist.config import load
 from hstu_dist.data.split import Split
+from hstu_dist.report.flame import read_trace
 from hstu_dist.train.metrics_log import read_metrics
 from tests.distributed.cases import tiny_config
 from tests.distributed.ranks import RanksFailedError, run_ranks
@@ -131,3 +132,12 @@ def test_tracking_the_test_split_changes_nothing_else(tiny_data: Path, tmp_path:
 def test_evaluation_needs_a_run(tiny_data: Path, tmp_path: Path) -> None:
     with pytest.raises(RanksFailedError, match=r"UserError: run .*tiny: got no checkpoint -> train it first"):
         run_ranks(1, evaluate_tiny, tiny_data, tmp_path, Split.TEST)
+
+
+def test_a_profiled_run_draws_its_steps(tiny_data: Path, tmp_path: Path) -> None:
+    profiled = ["trainer.profile.first_step=1", "trainer.profile.num_steps=2", "trainer.profile.memory=true"]
+    run_ranks(1, train_tiny, tiny_data, tmp_path, "trainer.epochs=1", *profiled)
+    parts = read_trace(tmp_path / "tiny" / "trace.json").children
+    assert {"draw", "look up", "encode", "loss", "backward", "update"} <= set(parts)
+    assert {path.name for path in (tmp_path / "tiny").glob("step.*")} == {"step.png", "step.svg"}
+    assert json.loads((tmp_path / "tiny" / "memory.json").read_text())

@@ -19,8 +19,9 @@ from hstu_dist.checkpoint.manager import CheckpointManager
 from hstu_dist.commands.train import stop_requests
 from hstu_dist.models.flops import Workload
 from hstu_dist.train.config import CheckpointConfig, EvaluationConfig, LoggingConfig, ProfileConfig
-from hstu_dist.train.hooks import CheckpointHook, EvaluateHook, LogHook, ProfileHook, TrackTestHook
+from hstu_dist.train.hooks import CheckpointHook, EvaluateHook, LogHook, TrackTestHook
 from hstu_dist.train.metrics_log import MetricsLog, read_metrics
+from hstu_dist.train.profile import ProfileHook
 from hstu_dist.train.state import TrainState
 from hstu_dist.train.step import StepResult
 from hstu_dist.train.trainer import Hook, Trainer
@@ -310,3 +311,20 @@ def test_a_trace_of_the_chosen_steps_is_written(first: int, count: int, tmp_path
 def test_no_trace_unless_asked(tmp_path: Path) -> None:
     idle_trainer([ProfileHook(ProfileConfig(), tmp_path)]).fit()
     assert not list(tmp_path.iterdir())
+
+
+def test_memory_is_recorded_beside_the_trace_if_asked(tmp_path: Path) -> None:
+    kept: list[torch.Tensor] = []
+
+    def step(batch: Any, work: Workload, position: tuple[int, int]) -> StepResult:
+        kept.append(torch.zeros(100_000))
+        return StepResult(1.0, work, 0.0)
+
+    config = ProfileConfig(first_step=1, num_steps=2, memory=True)
+    idle_trainer([ProfileHook(config, tmp_path)], step=step).fit()
+    operators = json.loads((tmp_path / "memory.json").read_text())
+    # torch.zeros leaves its memory to aten::empty
+    assert sum(operator["bytes"] for operator in operators if operator["bytes"] > 0) >= 2 * 400_000
+    assert operators[0]["calls"] >= 2 and operators == sorted(operators, key=lambda o: -o["bytes"])
+    with pytest.raises(ValueError, match="memory: got true without first_step"):
+        ProfileConfig(memory=True)
