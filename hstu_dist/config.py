@@ -254,6 +254,8 @@ _MAY_CHANGE_GROUPS = (
     "trainer.profile",
     "trainer.timeout_seconds",
     "trainer.parallel",
+    "embedding.replicas",
+    "embedding.sync_steps",
 )
 
 

@@ -23,7 +23,15 @@ from hstu_dist.distributed.table_plan import PLAN_FILE
 from hstu_dist.errors import UserError
 from hstu_dist.preflight import preflight
 from hstu_dist.run_folder import RunFolder
-from hstu_dist.train.hooks import AverageHook, CheckpointHook, EvaluateHook, LogHook, ProfileHook, TrackTestHook
+from hstu_dist.train.hooks import (
+    AverageHook,
+    AverageReplicasHook,
+    CheckpointHook,
+    EvaluateHook,
+    LogHook,
+    ProfileHook,
+    TrackTestHook,
+)
 from hstu_dist.train.metrics_log import MetricsLog
 from hstu_dist.train.state import TrainState
 from hstu_dist.train.step import TrainStep
@@ -139,14 +147,21 @@ def _fit(session: Session, checkpoints: CheckpointManager, state: TrainState, fo
             hooks=[
                 LogHook(config.trainer.logging, log, session.training_flops),
                 *([] if session.average is None else [AverageHook(session.average)]),
+                *_replica_hooks(session),
                 ProfileHook(config.trainer.profile, folder.path),
                 *_evaluation_hooks(session, log),
-                CheckpointHook(config.trainer.checkpoint, checkpoints, session.tensors),
+                CheckpointHook(config.trainer.checkpoint, checkpoints, session.saved_tensors),
             ],
             stop_requested=stop_requested,
         )
         trainer.fit()
     return not trainer.interrupted
+
+
+def _replica_hooks(session: Session) -> Iterator[Hook]:
+    settings = session.config.embedding
+    if settings.replicas > 1:
+        yield AverageReplicasHook(settings.sync_steps, session.average_replicas)
 
 
 def _evaluation_hooks(session: Session, log: MetricsLog | None) -> Iterator[Hook]:
