@@ -1,7 +1,7 @@
 """Groups of ranks that each hold a full set of tables: they train apart, and average what they hold from time to time.
 
-TorchRec calls this 2-D parallelism. Its own `DMPCollection` refuses CPUs and averages what fbgemm's kernels hold; what is
-needed of it is small: a group of processes to shard over, and one to average over.
+TorchRec calls this 2-D parallelism. Its own `DMPCollection` refuses CPUs and averages what fbgemm's kernels hold; what
+is needed of it is small: a group of processes to shard over, and one to average over.
 """
 
 from __future__ import annotations
