@@ -262,6 +262,10 @@ class ParallelConfig:
             expected = "the ranks of a group, of hsdp" if self.kind == "hsdp" else f"null: {self.kind} has no groups"
             raise ValueError(f"shard_ranks: got {self.shard_ranks}, expected {expected}")
 
+    def ranks_of_a_copy(self, world_size: int) -> int:
+        """How many ranks hold one copy of the tower together."""
+        return {"ddp": 1, "fsdp": world_size, "hsdp": self.shard_ranks or 1}[self.kind]
+
     def check(self, world_size: int) -> None:
         """Whether so many ranks can be arranged that way.
 
