@@ -133,8 +133,8 @@ def _header(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int]]:
 def _let_go(file: FileIO) -> None:
     """Asks the system, where it can be asked, to write what it holds of a file and to forget what is written.
 
-    The disk then works while more is produced, and the same few pages of memory are used over and over: a gigabyte of new
-    ones costs more than the disk does, and pushes out what a training reads.
+    The disk then works while more is produced, and the same few pages of memory are used over and over: a gigabyte of
+    new ones costs more than the disk does, and pushes out what a training reads.
     """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
