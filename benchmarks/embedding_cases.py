@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from benchmarks.harness import Contender, relative_error
 from hstu_dist.distributed.config import ITEM, EmbeddingConfig, TableOptimizerConfig, TableShape
 from hstu_dist.distributed.planner import build_tables
+from hstu_dist.distributed.replicas import table_group
 from hstu_dist.distributed.table_optimizer import TableOptimizer
 from hstu_dist.distributed.table_plan import configured_plan
 from hstu_dist.distributed.torchrec_tables import sharded_tables
@@ -108,7 +109,9 @@ def _ours(case: Case, optimizer: TableOptimizerConfig, ids: Tensor) -> _Table:
 def _exchanged(case: Case, optimizer: TableOptimizerConfig, ids: Tensor) -> _Table:
     """As several ranks do it: the way through TorchRec's exchange, with one rank at its end."""
     specs = _config(optimizer).specs({ITEM: case.shape})
-    tables = sharded_tables(specs, configured_plan(specs, dist.get_world_size()), _CPU)
+    tables = sharded_tables(
+        specs, configured_plan(specs, dist.get_world_size()), _CPU, table_group(dist.get_world_size(), _CPU)
+    )
     assert tables is not None
     with torch.no_grad():
         (weight,) = tables.state_dict().values()

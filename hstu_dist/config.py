@@ -265,6 +265,8 @@ _MAY_CHANGE_GROUPS = (
     "trainer.guard",
     "trainer.timeout_seconds",
     "trainer.parallel",
+    "embedding.replicas",
+    "embedding.sync_steps",
 )
 
 

@@ -44,8 +44,9 @@ def preflight(config: RunConfig, world_size: int) -> Manifest:
             "prepare a data set with more events per user",
         )
     config.trainer.parallel.check(world_size)
+    config.embedding.check_replicas(world_size)
     check_micro_batches(config, world_size)
-    check_plan(config, manifest.num_items, world_size)
+    check_plan(config, manifest.num_items, world_size // config.embedding.replicas)
     copies = config.trainer.checkpoint.keep + _CHECKPOINTS_AT_ONCE
     specs = specs_of(config, manifest.num_items)
     (table_bytes,) = configured_plan(specs, 1).bytes_per_rank(specs)

@@ -49,6 +49,7 @@ class CheckpointManager:
         self.saved_step = -1
         self._copies = HostCopies() if asynchronous else None
         self._background = Background()
+        self._removal = Background()
         # collectives of a thread must not mix with those of the training
         self._group = dist.new_group(backend="gloo") if asynchronous else None
 
@@ -81,8 +82,9 @@ class CheckpointManager:
             self._background.start(lambda: self._save(source, best_step))
 
     def finish(self) -> None:
-        """Waits for a save in flight; raises what it raised."""
+        """Waits for a save in flight, and for the removal of older ones; raises what it raised."""
         self._background.wait()
+        self._removal.wait()
 
     def close(self) -> None:
         """Gives a save in flight a moment to end; for a run that ends by an error of its own."""
@@ -181,12 +183,14 @@ class CheckpointManager:
         final = self.path(step)
         # a rename must not outlive the entries that it names
         sync(unfinished)
-        _remove(final)
+        going = _put_away(final)
         unfinished.rename(final)
         sync(self.folder)
         for old in self.steps()[: -self.keep]:
             if old != best_step:
-                _remove(self.path(old))
+                going += _put_away(self.path(old))
+        # a file system takes its time to free gigabytes: training need not wait for that
+        self._removal.start(lambda: _erase(going))
 
     def _checked(self, folder: Path) -> Manifest:
         """The manifest of a checkpoint whose files are whole; the ranks share the reading and agree.
@@ -210,15 +214,22 @@ class CheckpointManager:
         return manifest
 
 
-def _remove(folder: Path) -> None:
-    """Removes a folder; interrupted, it leaves no part of a checkpoint behind that looks whole."""
-    if folder.exists():
-        going = folder.with_name(f"{folder.name}.old{_UNFINISHED}")
-        folder.rename(going)
-        shutil.rmtree(going)
+def _put_away(folder: Path) -> list[Path]:
+    """Renames a folder that is to be removed, if there is one: no part of a checkpoint stays that looks whole."""
+    if not folder.exists():
+        return []
+    going = folder.with_name(f"{folder.name}.old{_UNFINISHED}")
+    folder.rename(going)
+    return [going]
+
+
+def _erase(folders: list[Path]) -> None:
+    for folder in folders:
+        # what stays behind is removed before the next save
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _set_aside(folder: Path) -> None:
     aside = folder.with_name(folder.name + _DAMAGED)
-    _remove(aside)
+    _erase(_put_away(aside))
     folder.rename(aside)

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from hstu_dist.checkpoint.manifest import BLOCK_BYTES, FileRecord
 
+_WINDOW_BYTES = 8 * BLOCK_BYTES
+"""How much the system may hold back before it is asked to write it."""
+
 _NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -84,6 +87,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> Written:
                 _write(file, digest, bytes_of(tensor.detach().cpu().contiguous()))
             size = file.tell()
             os.fsync(file.fileno())
+            _let_go(file)
         except BaseException:
             path.unlink()
             raise
@@ -126,8 +130,20 @@ def _header(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int]]:
     return header, {name: len(header) + start for name, start in starts.items()}
 
 
+def _let_go(file: FileIO) -> None:
+    """Asks the system, where it can be asked, to write what it holds of a file and to forget what is written.
+
+    The disk then works while more is produced, and the same few pages of memory are used over and over: a gigabyte of
+    new ones costs more than the disk does, and pushes out what a training reads.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def _write(file: FileIO, digest: xxhash.xxh3_128, content: memoryview) -> None:
     for start in range(0, len(content), BLOCK_BYTES):
+        if start and start % _WINDOW_BYTES == 0:
+            _let_go(file)
         block = content[start : start + BLOCK_BYTES]
         digest.update(block)
         # a nearly full disk takes a part and says so only at the next call

@@ -95,6 +95,8 @@ def job_of(config: RunConfig) -> Job:
         num_items=items,
         global_batch_size=config.trainer.global_batch_size,
         mean_length=length,
+        parallel=config.trainer.parallel,
+        micro_batches=config.trainer.micro_batches,
     )
     batching = config.trainer.batching
     if batching.budget is None:

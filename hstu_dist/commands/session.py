@@ -99,6 +99,15 @@ class Session:
         counts = popularity(self.dataset, self.training_split).to(self.world.device)
         return evaluate_popularity(counts, self.loader(split).epoch(0), self.config.trainer.evaluation.cutoffs)
 
+    def average_replicas(self) -> None:
+        """Makes all sets of tables, their state and their averages alike, where groups of ranks hold one each."""
+        self.recommender.tables.group.average(self.tensors())
+
+    def saved_tensors(self) -> dict[str, Any]:
+        """As `tensors`, after `average_replicas`: what a checkpoint is made of."""
+        self.average_replicas()
+        return self.tensors()
+
     def tensors(self) -> dict[str, Any]:
         """Every tensor of the run, plain or sharded, under one flat name each; views, not copies."""
         flat = _weights(self.recommender)

@@ -26,7 +26,14 @@ from hstu_dist.errors import ExitCode, UserError
 from hstu_dist.preflight import preflight
 from hstu_dist.run_folder import RunFolder
 from hstu_dist.train.guard import GuardHook
-from hstu_dist.train.hooks import AverageHook, CheckpointHook, EvaluateHook, LogHook, TrackTestHook
+from hstu_dist.train.hooks import (
+    AverageHook,
+    AverageReplicasHook,
+    CheckpointHook,
+    EvaluateHook,
+    LogHook,
+    TrackTestHook,
+)
 from hstu_dist.train.metrics_log import MetricsLog
 from hstu_dist.train.profile import ProfileHook
 from hstu_dist.train.ranks import HeartbeatHook, StragglerHook
@@ -153,7 +160,7 @@ def _fit(session: Session, checkpoints: CheckpointManager, state: TrainState, fo
         stop_requested = stack.enter_context(stop_requests(folder.stop_file if world.is_main else None))
         stack.callback(checkpoints.close)
         log = None
-        checkpoint = CheckpointHook(config.trainer.checkpoint, checkpoints, session.tensors)
+        checkpoint = CheckpointHook(config.trainer.checkpoint, checkpoints, session.saved_tensors)
         if world.is_main:
             log = stack.enter_context(MetricsLog(folder.path, config.trainer.logging, to_dict(config), state.step))
         trainer = Trainer(
@@ -169,6 +176,7 @@ def _fit(session: Session, checkpoints: CheckpointManager, state: TrainState, fo
                 GuardHook(config.trainer.guard, folder.replay, checkpoint.on_stop),
                 LogHook(config.trainer.logging, log, session.training_flops),
                 *([] if session.average is None else [AverageHook(session.average)]),
+                *_replica_hooks(session),
                 StragglerHook(config.trainer.logging.every_steps, config.trainer.guard.slow_ratio, log),
                 ProfileHook(config.trainer.profile, folder.path),
                 *_evaluation_hooks(session, log),
@@ -178,6 +186,12 @@ def _fit(session: Session, checkpoints: CheckpointManager, state: TrainState, fo
         )
         trainer.fit()
     return not trainer.interrupted
+
+
+def _replica_hooks(session: Session) -> Iterator[Hook]:
+    settings = session.config.embedding
+    if settings.replicas > 1:
+        yield AverageReplicasHook(settings.sync_steps, session.average_replicas)
 
 
 def _evaluation_hooks(session: Session, log: MetricsLog | None) -> Iterator[Hook]:

@@ -137,12 +137,18 @@ class EmbeddingConfig(TableConfig):
 
     Attributes:
         optimizer: how rows of the item table are updated.
+        replicas: groups of neighbouring ranks that each hold a full set of tables, so that look-ups stay in a group; 1:
+            all ranks share one. Each group trains its tables on its own sequences. Small copied tables stay alike.
+        sync_steps: steps after which the groups average rows and optimizer state; they also do so before every
+            evaluation and checkpoint.
         plan: file with a plan of an earlier run (`embedding_plan.json` of its folder), used in place of `sharding`;
             null: none.
         tables: settings of further tables, by the name of the feature whose ids they hold.
     """
 
     optimizer: TableOptimizerConfig = Field(default_factory=TableOptimizerConfig)
+    replicas: int = Field(default=1, gt=0)
+    sync_steps: int = Field(default=1, gt=0)
     plan: str | None = None
     tables: dict[str, FurtherTableConfig] = Field(default_factory=dict)
 
@@ -160,6 +166,18 @@ class EmbeddingConfig(TableConfig):
                     f"{table}sharding: got column_wise, expected another with {spec.optimizer.kind}, "
                     "whose state belongs to whole rows"
                 )
+
+    def check_replicas(self, world_size: int) -> None:
+        """Whether so many ranks make up the groups.
+
+        Raises:
+            UserError: they do not.
+        """
+        if self.replicas > 1 and (world_size % self.replicas or world_size == self.replicas):
+            raise UserError(
+                f"embedding.replicas: got {self.replicas}, expected a divisor of the {world_size} ranks, and smaller",
+                "use one, such as the number of machines, or sharding=data_parallel for a copy on every rank",
+            )
 
     def specs(self, needed: Mapping[str, TableShape]) -> dict[str, TableSpec]:
         """The tables of a run.
@@ -250,6 +268,10 @@ class ParallelConfig:
         if (self.kind == "hsdp") != (self.shard_ranks is not None):
             expected = "the ranks of a group, of hsdp" if self.kind == "hsdp" else f"null: {self.kind} has no groups"
             raise ValueError(f"shard_ranks: got {self.shard_ranks}, expected {expected}")
+
+    def ranks_of_a_copy(self, world_size: int) -> int:
+        """How many ranks hold one copy of the tower together."""
+        return {"ddp": 1, "fsdp": world_size, "hsdp": self.shard_ranks or 1}[self.kind]
 
     def check(self, world_size: int) -> None:
         """Whether so many ranks can be arranged that way.

@@ -75,7 +75,7 @@ def choose_plan(
     Raises:
         UserError: there is none that fits, or that of the settings' file does not fit this run.
     """
-    ranks = dist.get_world_size()
+    ranks = dist.get_world_size() // config.replicas
     plan = plan_of_settings(config, specs, ranks)
     if config.plan is not None or all(spec.config.sharding != "planner" for spec in specs.values()):
         return plan

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchrec.distributed.types import ShardedTensor
 
 from hstu_dist.distributed.config import ITEM, TableSpec
+from hstu_dist.distributed.replicas import table_group
 from hstu_dist.distributed.replicated_table import ReplicatedTable
 from hstu_dist.distributed.table_kernel import rounding_key
 from hstu_dist.distributed.table_optimizer import TableOptimizer, row_update
@@ -38,6 +39,7 @@ class EmbeddingTables(nn.Module):
         specs: the tables.
         plan: who holds them.
         optimizer: of all tables.
+        group: the ranks that the plan is made for: all, or one of several groups that each hold all tables.
         id_mappings: what turns the ids of a table into its rows, by table; ids of other tables are row numbers. A
             vocabulary that grows, or a hash, goes here.
     """
@@ -54,7 +56,9 @@ class EmbeddingTables(nn.Module):
         self.plan = plan
         self.id_mappings: dict[str, IdMapping] = {}
         copies = [name for name in specs if _is_whole(plan, name, device)]
-        self.sharded = sharded_tables({name: spec for name, spec in specs.items() if name not in copies}, plan, device)
+        self.group = table_group(plan.world_size, device)
+        shared = {name: spec for name, spec in specs.items() if name not in copies}
+        self.sharded = sharded_tables(shared, plan, device, self.group)
         self.replicated = nn.ModuleDict({name: _replicate(name, specs[name], device, seed) for name in copies})
         fused = None if self.sharded is None else self.sharded.fused_optimizer
         self.optimizer = TableOptimizer(specs, fused, dict(self._copies()))

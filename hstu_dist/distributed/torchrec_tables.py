@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from torchrec.distributed.types import (
 from torchrec.modules.embedding_configs import DataType, EmbeddingConfig
 
 from hstu_dist.distributed.config import TableSpec
+from hstu_dist.distributed.replicas import TableGroup
 from hstu_dist.distributed.table_optimizer import sharder_of
 from hstu_dist.distributed.table_plan import EmbeddingPlan, TablePlan
 
@@ -82,7 +83,7 @@ def _leave(weight: Tensor) -> Tensor:
 
 
 def sharded_tables(
-    specs: Mapping[str, TableSpec], plan: EmbeddingPlan, device: torch.device
+    specs: Mapping[str, TableSpec], plan: EmbeddingPlan, device: torch.device, group: TableGroup
 ) -> DistributedModelParallel | None:
     """Tables on their ranks, with their optimizers fused in; None without any.
 
@@ -90,6 +91,7 @@ def sharded_tables(
         specs: the tables; those of a plan that are not copied.
         plan: who holds what.
         device: where rows live.
+        group: the ranks that share them.
     """
     if not specs:
         return None
@@ -100,15 +102,19 @@ def sharded_tables(
     ranks = dist.get_world_size()
     # which GPU of its machine a rank has
     local_size = get_local_size(ranks) if device.type == "cuda" else ranks
+
+    def place(rank: int) -> str:
+        """Of a rank of the group; TorchRec wants it among all ranks."""
+        where: str = placement(device.type, group.first_rank + rank, local_size)
+        return where
+
     modules = {
-        collection: EmbeddingModuleShardingPlan(
-            {name: _parameter_sharding(plan.tables[name], device.type, local_size) for name in names}
-        )
+        collection: EmbeddingModuleShardingPlan({name: _parameter_sharding(plan.tables[name], place) for name in names})
         for collection, names in collections.tables.items()
     }
     return DistributedModelParallel(
         collections,
-        env=ShardingEnv.from_process_group(dist.group.WORLD),
+        env=ShardingEnv.from_process_group(group.sharing),
         device=device,
         plan=ShardingPlan(modules),
         sharders=[sharder],
@@ -117,13 +123,13 @@ def sharded_tables(
     )
 
 
-def _parameter_sharding(table: TablePlan, device_type: str, local_size: int) -> ParameterSharding:
+def _parameter_sharding(table: TablePlan, place: Callable[[int], str]) -> ParameterSharding:
     """A table's plan in TorchRec's words."""
     shards = [
         ShardMetadata(
             shard_sizes=[shard.rows, shard.columns],
             shard_offsets=[shard.row, shard.column],
-            placement=placement(device_type, shard.rank, local_size),
+            placement=place(shard.rank),
         )
         for shard in table.shards
     ]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from hstu_dist.distributed.config import ITEM, EmbeddingConfig, TableShape, TableSpec, stored_width
+from hstu_dist.distributed.config import ITEM, EmbeddingConfig, ParallelConfig, TableShape, TableSpec, stored_width
 from hstu_dist.losses.config import FullSoftmaxConfig, SampledSoftmaxConfig
 from hstu_dist.models.config import HSTUConfig, TransformerConfig
 from hstu_dist.models.flops import FlopCount, Workload, count_flops
@@ -24,6 +24,7 @@ class Job:
         num_items: rows of the item table.
         global_batch_size: sequences of a step, over all ranks.
         mean_length: tokens of every sequence.
+        parallel, micro_batches: as of the trainer.
     """
 
     model: HSTUConfig | TransformerConfig
@@ -32,6 +33,8 @@ class Job:
     num_items: int
     global_batch_size: int
     mean_length: int
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    micro_batches: int = 1
 
     @property
     def negatives(self) -> int:
@@ -61,6 +64,14 @@ class Job:
         """Sequences of the fullest rank."""
         return -(-self.global_batch_size // ranks)
 
+    def table_ranks(self, ranks: int) -> int:
+        """Ranks that hold one set of tables."""
+        return max(1, ranks // self.embedding.replicas)
+
+    def part_tokens_of(self, ranks: int) -> int:
+        """Tokens of a part of a step that the fullest rank computes at a time."""
+        return -(-self.tokens_of(ranks) // self.micro_batches)
+
     def tokens_of(self, ranks: int) -> int:
         """Tokens of the fullest rank."""
         return self.sequences_of(ranks) * self.mean_length
@@ -87,9 +98,9 @@ class Job:
             case "data_parallel":
                 return 0
             case "table_wise":
-                return ranks * ids * (_ID + row)
+                return self.table_ranks(ranks) * ids * (_ID + row)
             case "column_wise":
-                return ids * (ranks * _ID + row)
+                return ids * (self.table_ranks(ranks) * _ID + row)
         # its own share, if rows are spread evenly
         return ids * (_ID + row)
 

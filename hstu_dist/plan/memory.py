@@ -64,7 +64,11 @@ def memory_of(job: Job, ranks: int) -> Memory:
     """Memory of the fullest of `ranks` ranks."""
     table, state = tables_of(job, ranks).on_chip
     dense = count_parameters(job.model, num_items=0).dense
-    tokens, ids, width = job.tokens_of(ranks), job.ids_of(ranks), job.model.width
+    share = job.parallel.ranks_of_a_copy(ranks)
+    own = -(-dense // share)
+    # of a split tower one block is gathered at a time, weights and gradients
+    gathered = 2 * -(-dense // job.model.num_layers) if share > 1 else 0
+    tokens, ids, width = job.part_tokens_of(ranks), job.ids_of(ranks), job.model.width
     row_bytes = job.stored_width * _FLOAT
     kept = ids * (_ID + row_bytes + 2 * width * _FLOAT) + tokens * 3 * width * _FLOAT
     scores = _SCORE_BLOCKS * _FLOAT * max(_SCORE_ELEMENTS, ids)
@@ -73,14 +77,15 @@ def memory_of(job: Job, ranks: int) -> Memory:
     return Memory(
         table=table,
         table_optimizer=state,
-        dense=dense * _FLOAT,
-        gradients=dense * _FLOAT,
-        dense_optimizer=_ADAM_MOMENTS * dense * _FLOAT,
+        dense=own * _FLOAT,
+        # parts of a step add up to a whole gradient
+        gradients=(own if job.micro_batches == 1 else dense) * _FLOAT,
+        dense_optimizer=_ADAM_MOMENTS * own * _FLOAT,
         activations=activation_bytes(job.model, tokens),
         # negatives as drawn, and their places among the rows
-        lookups=kept + 2 * tokens * job.negatives * _ID,
+        lookups=kept + 2 * job.tokens_of(ranks) * job.negatives * _ID,
         communication=0 if ranks == 1 else communication,
-        workspace=tokens * gradient_elements(job.model) * _FLOAT + scores,
+        workspace=tokens * gradient_elements(job.model) * _FLOAT + gathered * _FLOAT + scores,
     )
 
 
@@ -114,7 +119,7 @@ def tables_of(job: Job, ranks: int) -> TableBytes:
 
 def _even(job: Job, ranks: int) -> TableBytes:
     """What every rank has, but for a row."""
-    held = TableBytes()
+    held, ranks = TableBytes(), job.table_ranks(ranks)
     for spec in job.tables.values():
         rows, columns = spec.shape.num_rows, spec.stored_width
         match spec.config.sharding:
@@ -131,7 +136,7 @@ def _whole(job: Job, ranks: int) -> TableBytes:
     """Whole tables of the fullest rank: the largest first, each where there is least."""
     whole = [spec for spec in job.tables.values() if spec.config.sharding == "table_wise"]
     tables = [_place(spec, spec.shape.num_rows, spec.stored_width) for spec in whole]
-    loads = [TableBytes()] * min(ranks, max(1, len(tables)))
+    loads = [TableBytes()] * min(job.table_ranks(ranks), max(1, len(tables)))
     for table in sorted(tables, key=lambda table: -table.total):
         emptiest = min(range(len(loads)), key=lambda rank: loads[rank].total)
         loads[emptiest] += table
@@ -177,6 +182,6 @@ def shortages(job: Job, hardware: HardwareConfig, plan: PlanConfig) -> list[str]
     if host > hardware.host_memory_gb * 1e9:
         found.append(f"{host / 1e9:.1f} GB in a node's memory for a checkpoint, {hardware.host_memory_gb:.1f} GB there")
     for spec in job.tables.values():
-        if spec.config.sharding in ("row_wise", "planner") and spec.shape.num_rows < hardware.ranks:
-            found.append(f"{spec.shape.num_rows} rows on {hardware.ranks} ranks")
+        if spec.config.sharding in ("row_wise", "planner") and spec.shape.num_rows < job.table_ranks(hardware.ranks):
+            found.append(f"{spec.shape.num_rows} rows on {job.table_ranks(hardware.ranks)} ranks")
     return found

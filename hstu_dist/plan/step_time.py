@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hstu_dist.distributed.config import ITEM
+from hstu_dist.models.flops import count_parameters
 from hstu_dist.plan.config import HardwareConfig, PlanConfig
 from hstu_dist.plan.job import Job
 from hstu_dist.plan.memory import memory_of
@@ -27,7 +28,7 @@ class StepTime:
         flops: of all ranks, forward and backward.
         attention_share: of the FLOPs.
         lookup_bytes: ids, rows and their gradients that it sends to other ranks, all-to-all.
-        reduce_bytes: dense gradients that it sends, ring all-reduce.
+        reduce_bytes: dense gradients that it sends, ring all-reduce; of a split tower its weights, too.
         compute: FLOPs of the fullest rank at the chip's peak.
         memory: activations written and read once, rows and dense state updated, at the bandwidth of the chip's memory.
         lookups: all-to-all over links and network, which work at the same time.
@@ -78,16 +79,20 @@ def step_time(job: Job, hardware: HardwareConfig, plan: PlanConfig) -> StepTime:
     total, fullest = job.flops(job.global_batch_size), job.flops(job.sequences_of(ranks))
     peak = chip.peak(plan.precision)
     # an id goes out, its row comes back, the row's gradient follows
+    sharing = job.table_ranks(ranks)
     exchanged = job.answered_bytes(ranks, passes=2)
-    gradients = memory_of(job, ranks).gradients + job.copied_gradient_bytes()
+    # all-gathers before forward and backward and a reduce-scatter, in place of an all-reduce, which is two of them
+    passes = 1.5 if job.parallel.ranks_of_a_copy(ranks) > 1 else 1.0
+    dense = _FLOAT * count_parameters(job.model, num_items=0).dense
+    gradients = int(passes * dense) + job.copied_gradient_bytes()
     return StepTime(
         flops=total.training,
         attention_share=total.attention / total.forward,
-        lookup_bytes=exchanged * (ranks - 1) // ranks,
+        lookup_bytes=exchanged * (sharing - 1) // sharing,
         reduce_bytes=2 * gradients * (ranks - 1) // ranks,
         compute=fullest.training / peak,
         memory=_memory_traffic(job, ranks) / (chip.memory_gb_per_second * 1e9),
-        lookups=_exchange_seconds(exchanged, hardware),
+        lookups=_exchange_seconds(exchanged, sharing, hardware),
         reduce=_reduce_seconds(gradients, hardware),
         tokens=job.tokens,
         peak_flops=peak * ranks,
@@ -101,13 +106,14 @@ def _memory_traffic(job: Job, ranks: int) -> int:
     # a row is read for its look-up, then read and written with its state
     row = 3 * job.tables[ITEM].weight_bytes(1, job.stored_width) + 2 * state * _FLOAT
     # one rank looks everybody's rows up in a whole table; in a copy it updates those of everybody
-    rows = job.ids_of(ranks) * (ranks if job.embedding.sharding in ("table_wise", "data_parallel") else 1)
+    others = {"table_wise": job.table_ranks(ranks), "data_parallel": ranks}
+    rows = job.ids_of(ranks) * others.get(job.embedding.sharding, 1)
     return 2 * memory.activations + _ADAMW_PASSES * memory.dense + min(rows, job.num_items * ranks) * row
 
 
-def _exchange_seconds(exchanged: int, hardware: HardwareConfig) -> float:
-    """All-to-all of bytes that are spread evenly over the other ranks."""
-    ranks, local = hardware.ranks, hardware.ranks_per_node
+def _exchange_seconds(exchanged: int, ranks: int, hardware: HardwareConfig) -> float:
+    """All-to-all of bytes that are spread evenly over the other ones of so many neighbouring ranks."""
+    local = min(ranks, hardware.ranks_per_node)
     inside, outside = exchanged * (local - 1) / ranks, exchanged * (ranks - local) / ranks
     return max(
         inside / (hardware.chip.link_gb_per_second * 1e9),

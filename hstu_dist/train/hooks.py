@@ -123,6 +123,23 @@ class AverageHook(Hook):
         self.average.update(trainer.state.step)
 
 
+class AverageReplicasHook(Hook):
+    """Averages the sets of tables every few steps, and before an evaluation; must come before that in the hooks."""
+
+    def __init__(self, every_steps: int, average: Callable[[], None]) -> None:
+        self.every_steps = every_steps
+        self.average = average
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        """Averages if it is time."""
+        if trainer.state.step % self.every_steps == 0:
+            self.average()
+
+    def after_epoch(self, trainer: Trainer) -> None:
+        """Averages."""
+        self.average()
+
+
 class EvaluateHook(Hook):
     """Validation after every few epochs; remembers the best and stops a run that no longer improves."""
 

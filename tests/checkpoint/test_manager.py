@@ -35,6 +35,8 @@ def tensors_of(value: float) -> dict[str, Tensor]:
 def save(manager: CheckpointManager, *steps: int, best_step: int = -1) -> None:
     for step in steps:
         manager.save(tensors_of(float(step)), {"step": step, "note": f"at {step}"}, best_step)
+    # older ones are removed in the background
+    manager.finish()
 
 
 def test_what_was_saved_is_loaded(tmp_path: Path) -> None:

@@ -68,8 +68,8 @@ def trainer_of(session: Session, state: TrainState, epochs: int, hooks: Sequence
     )
 
 
-def whole(value: Any) -> Tensor:
-    """A tensor of `Session.tensors`, gathered on every rank if it is sharded."""
+def whole(value: Any, group: dist.ProcessGroup | None = None) -> Tensor:
+    """A tensor of `Session.tensors`, gathered on every rank if it is sharded over `group`; None: over all."""
     if isinstance(value, DTensor):
         return value.detach().full_tensor().clone()
     if isinstance(value, Tensor) and not hasattr(value, "local_shards"):
@@ -78,7 +78,7 @@ def whole(value: Any) -> Tensor:
     for shard in value.local_shards():
         place = tuple(slice(o, o + n) for o, n in zip(shard.metadata.shard_offsets, shard.tensor.shape, strict=True))
         full[place] = shard.tensor
-    dist.all_reduce(full)
+    dist.all_reduce(full, group=group)
     return full
 
 
@@ -89,11 +89,12 @@ def snapshot(session: Session) -> dict[str, Tensor]:
     dist.all_gather_object(names, {name: tuple(value.size()) for name, value in mine.items()})
     shapes = {name: shape for part in names for name, shape in part.items()}
     gathered = {}
+    group = session.recommender.tables.group.sharing
     for name in sorted(shapes):
         if name in mine:
-            gathered[name] = whole(mine[name])
+            gathered[name] = whole(mine[name], group)
         else:
             # table-wise: another rank holds it
             gathered[name] = torch.zeros(shapes[name])
-            dist.all_reduce(gathered[name])
+            dist.all_reduce(gathered[name], group=group)
     return gathered

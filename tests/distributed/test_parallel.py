@@ -57,7 +57,7 @@ RUNS = {
 NAMES = {
     1: ["ddp", "full_softmax", "sasrec", "ddp parts"],
     2: ["ddp parts", "fsdp", "sasrec fsdp parts"],
-    4: ["ddp parts", "fsdp parts", "hsdp parts", "full_softmax parts"],
+    4: ["fsdp parts", "hsdp parts", "full_softmax parts"],
 }
 CASES = [(ranks, name) for ranks, names in NAMES.items() for name in names]
 STEPS = 4

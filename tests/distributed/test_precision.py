@@ -13,11 +13,12 @@ from hstu_dist.data.split import Split
 from hstu_dist.distributed.process_group import claim_precision, process_group
 from hstu_dist.errors import UserError
 from hstu_dist.ops import backends
+from hstu_dist.ops.spec import Backend
 from hstu_dist.train.state import TrainState
 from tests.distributed.cases import LossHook, build, tiny_config, trainer_of
 from tests.distributed.ranks import run_ranks
 
-BACKENDS = [str(backend) for backend in backends.available(torch.device("cpu"))]
+BACKENDS = [str(backend) for backend in backends.available(torch.device("cpu")) if backend is not Backend.REFERENCE]
 FSDP = "trainer.parallel.kind=fsdp"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.plan_ranks import held, job_of
-from hstu_dist.distributed.config import EmbeddingConfig, FurtherTableConfig, TableOptimizerConfig
+from hstu_dist.distributed.config import EmbeddingConfig, FurtherTableConfig, ParallelConfig, TableOptimizerConfig
 from hstu_dist.distributed.table_plan import configured_plan
 from hstu_dist.losses.config import FullSoftmaxConfig
 from hstu_dist.models.activations import activation_bytes
@@ -139,3 +139,18 @@ def test_resident_bytes_are_those_of_real_ranks(ranks: int, kind: str) -> None:
     # the last ranks may have a row less
     assert max(rank.tensors for rank in measured) == expected
     assert max(rank.process for rank in measured) == pytest.approx(expected, rel=0.05)
+
+
+def test_a_split_tower_a_step_in_parts_and_sets_of_tables_by_hand() -> None:
+    whole = memory_of(job(), 8)
+    split = memory_of(job(parallel=ParallelConfig(kind="fsdp")), 8)
+    share = -(-DENSE // 8)
+    assert (split.dense, split.gradients, split.dense_optimizer) == (4 * share, 4 * share, 8 * share)
+    # weights and gradients of one of two blocks
+    assert split.workspace - whole.workspace == 2 * 4 * (DENSE // 2)
+    groups = memory_of(job(parallel=ParallelConfig(kind="hsdp", shard_ranks=2), micro_batches=4), 8)
+    assert (groups.dense, groups.gradients) == (4 * DENSE // 2, 4 * DENSE)
+    # 20 tokens on the fullest rank, 5 at a time
+    assert 4 * groups.activations == whole.activations
+    sets = memory_of(job(embedding=EmbeddingConfig(replicas=2, optimizer=TableOptimizerConfig(kind="sgd"))), 8)
+    assert sets.table == 250_001 * 52 * 4 and sets.dense == whole.dense

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from hstu_dist.distributed.config import EmbeddingConfig, ParallelConfig
 from hstu_dist.plan.config import PlanConfig
 from hstu_dist.plan.memory import memory_of
 from hstu_dist.plan.step_time import step_time
@@ -64,3 +65,12 @@ def test_precision_chooses_the_peak_of_a_known_chip() -> None:
     known = replace(hardware().chip, name="H100 SXM", peak_flops=None)
     seconds = {p: step_time(job(), hardware(chip=known), PlanConfig(precision=p)).compute for p in ("float32", "tf32")}
     assert seconds["float32"] / seconds["tf32"] == pytest.approx(494.5 / 67)
+
+
+def test_sets_of_tables_keep_look_ups_inside_and_a_split_tower_sends_weights_too() -> None:
+    one = step_time(job(), hardware(), PLAN)
+    two = step_time(job(embedding=EmbeddingConfig(replicas=2)), hardware(), PLAN)
+    # four ranks are one node: nothing of a look-up crosses the network
+    assert two.lookups == pytest.approx(two.lookup_bytes / 10e9) and two.lookups < one.lookups / 4
+    split = step_time(job(parallel=ParallelConfig(kind="fsdp")), hardware(), PLAN)
+    assert split.reduce_bytes == pytest.approx(1.5 * one.reduce_bytes, abs=2) and split.reduce > one.reduce
