@@ -21,7 +21,7 @@ LINES = [
     {"cluster", "data", "models", "losses", "metrics"},
     {"distributed"},
     {"checkpoint"},
-    {"train", "plan"},
+    {"train", "plan", "inference"},
     {"config"},
     {"run_folder"},
     {"preflight", "report"},
