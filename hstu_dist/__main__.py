@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hstu_dist import __version__
-from hstu_dist.config import RunConfig, compose, compose_dict, groups_help, hardware_names, load
+from hstu_dist.commands.use import Words
+from hstu_dist.config import RunConfig, compose, compose_dict, conf_dir, groups_help, hardware_names, load
 from hstu_dist.console import report, say
 from hstu_dist.errors import ExitCode, PeerLostError, UserError
+from hstu_dist.inference.config import RetrieveConfig, ScoreConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     report_command.add_argument("--root", type=Path, default=Path(), help="a checkout (default: the current folder)")
     report_command.add_argument("--debug", action="store_true", help="show the stack trace of an error")
     _add_checkpoint(commands)
+    _add_uses(commands)
     return parser
 
 
@@ -108,6 +111,25 @@ def _add_checkpoint(commands: argparse._SubParsersAction[argparse.ArgumentParser
     command.add_argument("path", type=Path, help="a run's folder or one of its checkpoints/step-NNNNNNNN")
     command.add_argument("output", type=Path, nargs="?", help="of export: the new file")
     command.add_argument("--debug", action="store_true", help="show the stack trace of an error")
+
+
+def _add_uses(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Commands that use a trained run."""
+    for name, summary, function in (
+        ("score", "score the candidates of a Parquet file of requests", _score),
+        ("retrieve", "find the best items of the corpus for a Parquet file of histories", _retrieve),
+    ):
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary}, with a run's best checkpoint, on one process",
+            epilog=f"settings of {name} and their meaning: {conf_dir() / name}.yaml",
+        )
+        command.set_defaults(run=function)
+        command.add_argument(
+            "words", nargs="+", metavar="RUN | key=value", help="the run's folder, or its settings; settings of the use"
+        )
+        command.add_argument("--debug", action="store_true", help="show the stack trace of an error")
 
 
 def _run_config(options: argparse.Namespace) -> RunConfig:
@@ -169,6 +191,20 @@ def _checkpoint(options: argparse.Namespace) -> None:
         verify(options.path, say)
     else:
         inspect(options.path, say)
+
+
+def _score(options: argparse.Namespace) -> None:
+    words = Words.of("score", ScoreConfig, options.words)
+    from hstu_dist.commands.score import score_file
+
+    score_file(words.run, words.overrides, words.settings, say)
+
+
+def _retrieve(options: argparse.Namespace) -> None:
+    words = Words.of("retrieve", RetrieveConfig, options.words)
+    from hstu_dist.commands.score import retrieve_file
+
+    retrieve_file(words.run, words.overrides, words.settings, say)
 
 
 if __name__ == "__main__":

@@ -99,6 +99,7 @@ def test_imports_go_one_way(file: Path) -> None:
         ("pyarrow", {"data"}),
         ("xxhash", {"checkpoint"}),
         ("matplotlib", {"report/plots.py"}),
+        ("faiss", {"inference/hnsw.py"}),
     ],
 )
 def test_a_library_has_one_home(library: str, allowed: set[str]) -> None:

@@ -26,19 +26,21 @@ from hstu_dist.models.context import SequenceContext
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """A sequence model without its heads.
+    """A sequence model, and what is wanted of it at candidates.
 
     Attributes:
         embed: [T, C] int64 → [T, D], vectors of tokens; neither position nor time is known to it.
         encode: ([T, D], context) → [T, D], with positions, times and layout of the context.
         weights: everything that both depend on; a change of any of them invalidates what was cached.
         max_length: N, positions that it has, the candidates' included.
+        head: [m, D] → [m, K], applied to the outputs at candidates, pass by pass; by default they are kept as they are.
     """
 
     embed: Callable[[Tensor], Tensor]
     encode: Callable[[Tensor, SequenceContext], Tensor]
     weights: tuple[Tensor, ...]
     max_length: int
+    head: Callable[[Tensor], Tensor] = lambda outputs: outputs
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Encoded:
     """What the encoder gave.
 
     Attributes:
-        candidates: [M, D], at each candidate.
+        candidates: [M, K], what the head made of the output at each candidate.
         last: [B, D], at the last token of each history; zeros for an empty one.
     """
 
@@ -55,7 +57,7 @@ class Encoded:
 
 
 class Scorer:
-    """Encodes candidates after histories; heads turn what it gives into scores. For one thread."""
+    """Encodes candidates after histories. For one thread."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
@@ -129,7 +131,7 @@ class _Job:
         # of users with more candidates to come
         self.states: dict[int, UserState] = {}
         vectors = self.encoder.embed(history.tokens[:0])
-        self.at_candidates = vectors.new_empty(candidates.tokens.shape[0], vectors.shape[1])
+        self.at_candidates = vectors.new_empty(candidates.tokens.shape[0], self.encoder.head(vectors).shape[1])
         self.at_last = vectors.new_zeros(history.num_users, vectors.shape[1])
 
     def run(self, parts: Sequence[Part]) -> None:
@@ -137,7 +139,7 @@ class _Job:
         segments: list[Segment] = []
         for part in parts:
             segments.append(self._segment(part, start=segments[-1].end if segments else 0))
-        out, memory = self.at_candidates[:0], Memory(segments)
+        out, memory = self.at_last[:0], Memory(segments)
         if segments[-1].end:
             vectors = self.encoder.embed(tokens_of(self.history, self.candidates, segments))
             out = self.encoder.encode(vectors, context_of(self.history, self.candidates, segments, memory))
@@ -181,7 +183,8 @@ class _Job:
     def _take(self, segment: Segment, out: Tensor, memory: Memory) -> UserState | None:
         """Stores what a pass gave for a segment; returns the state of the whole history if there is one."""
         first_candidate = segment.start + segment.num_new
-        segment.of_candidates(self.at_candidates).copy_(out[first_candidate : segment.end])
+        if segment.candidates:
+            segment.of_candidates(self.at_candidates).copy_(self.encoder.head(out[first_candidate : segment.end]))
         state = segment.state
         if segment.num_new:
             last = out[first_candidate - 1]
