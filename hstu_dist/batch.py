@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ class JaggedBatch:
         target_ids: [T] int64, the item that followed each event.
         query_times: [T] int64 seconds, when that following event happened (query times of the bias).
         row_ids: [B] int64, which sequence of the data set each one is; world-size-independent identity.
+        trained: [T] bool, whether the target of each row counts in the loss; None: all do. Rows that do not count are
+            context: a stream brings events that were targets before.
     """
 
     offsets: Tensor
@@ -32,6 +36,7 @@ class JaggedBatch:
     target_ids: Tensor
     query_times: Tensor
     row_ids: Tensor
+    trained: Tensor | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -48,6 +53,34 @@ class JaggedBatch:
         """[B] int64."""
         return self.offsets.diff()
 
+    @property
+    def num_context(self) -> int:
+        """Rows whose targets do not count in the loss."""
+        return 0 if self.trained is None else self.num_tokens - int(self.trained.sum())
+
+    def parts(self, count: int) -> list[JaggedBatch]:
+        """`count` runs of whole sequences with about equally many tokens each, in order; some may be empty."""
+        if count == 1:
+            return [self]
+        # a sequence belongs to the part that its middle lies in
+        middles = self.offsets[:-1] + self.offsets[1:]
+        goals = torch.arange(1, count, device=middles.device) * (2 * self.num_tokens) // count
+        cuts = [0, *torch.searchsorted(middles, goals).tolist(), self.num_sequences]
+        return [self._run(first, last) for first, last in pairwise(cuts)]
+
+    def _run(self, first: int, last: int) -> JaggedBatch:
+        offsets = self.offsets[first : last + 1]
+        start, stop = int(offsets[0]), int(offsets[-1])
+        tokens = ("item_ids", "timestamps", "actions", "target_ids", "query_times")
+        cut: dict[str, Any] = {name: getattr(self, name)[start:stop] for name in tokens}
+        if self.trained is not None:
+            cut["trained"] = self.trained[start:stop]
+        return JaggedBatch(offsets=offsets - start, row_ids=self.row_ids[first:last], **cut)
+
     def to(self, device: torch.device) -> JaggedBatch:
         """The same batch on another device."""
-        return JaggedBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {
+            name: part if part is None else part.to(device, non_blocking=True) for name, part in parts.items()
+        }
+        return JaggedBatch(**moved)

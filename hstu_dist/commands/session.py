@@ -45,7 +45,9 @@ class Session:
     def build(cls, config: RunConfig, world: World) -> Session:
         """Opens the data and builds the model, the same at any world size for a seed."""
         dataset = SequenceDataset.open(config.data.path)
-        recommender = Recommender(dataset.num_items, config.model, config.embedding, world.device, config.seed)
+        recommender = Recommender(
+            dataset.num_items, config.model, config.embedding, world.device, config.seed, config.trainer.parallel
+        )
         optimizers = Optimizers(recommender.tower, recommender.table.optimizer, config.optimizer)
         decay = config.optimizer.average_decay
         average = None if decay is None else WeightAverage(_weights(recommender), decay)
@@ -70,6 +72,7 @@ class Session:
             batching=trainer.batching if training else BatchingConfig(),
             cost=sequence_cost(self.training_flops),
             stochastic_length=self.config.data.stochastic_length if training else None,
+            emission=trainer.emission if training else None,
         )
         return BatchLoader(self.dataset, settings, Shard(rank=self.world.rank, world_size=self.world.size))
 

@@ -28,13 +28,24 @@ class Workload:
     Attributes:
         tokens: T.
         attention_pairs: P, (query, key) pairs that attention computes, over all sequences; one head of one layer.
+        context: tokens whose targets the loss leaves out.
     """
 
     tokens: int = 0
     attention_pairs: int = 0
+    context: int = 0
 
     def __add__(self, other: Workload) -> Workload:
-        return Workload(tokens=self.tokens + other.tokens, attention_pairs=self.attention_pairs + other.attention_pairs)
+        return Workload(
+            tokens=self.tokens + other.tokens,
+            attention_pairs=self.attention_pairs + other.attention_pairs,
+            context=self.context + other.context,
+        )
+
+    @property
+    def targets(self) -> int:
+        """Positions that count in the loss."""
+        return self.tokens - self.context
 
     @classmethod
     def causal(cls, lengths: Iterable[int]) -> Workload:
@@ -62,7 +73,7 @@ class FlopCount:
     Attributes:
         projections: 2·T·(weights of the dense layers of all blocks).
         attention: 2·P·L·H·(Q + V), for q kᵀ and A v.
-        scores: 2·T·C·D, for the similarities that the loss compares.
+        scores: 2·T·C·D, for the similarities that the loss compares; context has none.
     """
 
     projections: int
@@ -126,7 +137,7 @@ def count_flops(config: HSTUConfig | TransformerConfig, work: Workload, scores_p
     return FlopCount(
         projections=2 * work.tokens * config.num_layers * weights,
         attention=2 * work.attention_pairs * config.num_layers * config.num_heads * sum(head_widths(config)),
-        scores=2 * work.tokens * scores_per_token * config.width,
+        scores=2 * work.targets * scores_per_token * config.width,
     )
 
 

@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from hstu_dist.data.config import BatchingConfig
+from hstu_dist.data.config import BatchingConfig, EmissionConfig
+from hstu_dist.distributed.config import ParallelConfig
 from hstu_dist.validation import STRICT
 
 
@@ -149,6 +150,10 @@ class TrainerConfig:
             read once, after the last epoch.
         global_batch_size: sequences of one step, over all ranks; on average, if `batching` is not by sequences.
         batching: how an epoch is cut into steps, and a step's sequences are shared out among the ranks.
+        emission: generative training with sequences emitted at a rate of 1/n; null: every sequence once an epoch.
+        micro_batches: parts, of whole sequences, that a rank computes its share of a step in, one after the other: the
+            result is the same, and activations take the memory of one part.
+        parallel: how the ranks share the tower.
         device: auto takes CUDA where there is one.
         threads: CPU threads of a rank; null: the machine's cores divided by its ranks.
         peak_flops: FLOP/s of one rank's device, what MFU is measured against; null: the data sheet of a known GPU for
@@ -162,6 +167,9 @@ class TrainerConfig:
     train_on: Literal["train", "train_validation"] = "train"
     global_batch_size: int = Field(default=128, gt=0)
     batching: BatchingConfig = Field(default_factory=BatchingConfig)
+    emission: EmissionConfig | None = None
+    micro_batches: int = Field(default=1, gt=0)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, gt=0)
     peak_flops: float | None = Field(default=None, gt=0)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -16,7 +19,7 @@ from hstu_dist.losses.softmax import Candidates, softmax_loss, softmax_spec
 from hstu_dist.models.context import token_noise
 from hstu_dist.models.flops import Workload
 from hstu_dist.ops.jagged import IdSet
-from hstu_dist.ops.random import fold
+from hstu_dist.ops.random import TokenNoise, fold
 from hstu_dist.train.optimizer import Optimizers
 
 _NEGATIVES = 2
@@ -31,7 +34,7 @@ class StepResult:
     """What a step reports.
 
     Attributes:
-        loss_sum: this rank's sum of losses over its positions.
+        loss_sum: this rank's sum of losses over its positions that count.
         work: positions and attention pairs of all ranks.
         learning_rate: of the dense part.
     """
@@ -51,7 +54,9 @@ class TrainStep:
         optimizers: Optimizers,
         world: World,
         seed: int,
+        micro_batches: int = 1,
     ) -> None:
+        self.micro_batches = micro_batches
         self.recommender = recommender
         self.loss = loss
         self.softmax = softmax_spec(loss, recommender.num_items, world.device)
@@ -64,7 +69,7 @@ class TrainStep:
 
         Args:
             batch: this rank's share; may be empty.
-            work: positions and attention pairs of all shares together.
+            work: positions, attention pairs and context of all shares together.
             position: (steps taken, steps of the whole run).
 
         Raises:
@@ -78,35 +83,71 @@ class TrainStep:
         with record_function("look up"):
             needed = self._needed(batch, negatives, work)
             rows_UD = self.recommender.table(needed.ids)
-            items_TD = rows_UD.index_select(0, needed.places(batch.item_ids))
-        with record_function("encode"):
-            queries_TD = self.recommender.encode(items_TD, batch, noise_key=fold(self.seed, step, _DROPOUT))
-        with record_function("loss"):
-            places = None if negatives is None else needed.places(negatives)
-            candidates = Candidates(rows_UD, needed.places(batch.target_ids), places)
-            loss_sum = softmax_loss(queries_TD, candidates, self.softmax)
-        value = float(loss_sum.detach())
-        if value != value or value in (float("inf"), float("-inf")):
+        # the table updates its rows in the backward of their lookup: all parts add to one gradient before
+        leaf_UD = rows_UD.detach().requires_grad_()
+        value = self._accumulate(leaf_UD, needed, self._parts(batch, negatives), (step, work))
+        if not math.isfinite(value):
             raise UserError(
                 f"step {step}: the loss is {value} on rank {self.world.rank}",
                 "lower the learning rates or set optimizer.clip_norm, then continue from an earlier checkpoint",
             )
-        # DDP and TorchRec average gradients over ranks; the mean wanted is over all positions of all ranks
-        (loss_sum * (self.world.size / max(1, work.tokens))).backward()
         with record_function("update"):
+            rows_UD.backward(leaf_UD.grad)
             self.optimizers.step()
         return StepResult(value, work, self.optimizers.config.learning_rate * factor)
+
+    def _parts(self, batch: JaggedBatch, negatives: Tensor | None) -> list[tuple[JaggedBatch, Tensor | None]]:
+        parts = batch.parts(self.micro_batches)
+        if negatives is None:
+            return [(part, None) for part in parts]
+        return list(zip(parts, negatives.split([part.num_tokens - part.num_context for part in parts]), strict=True))
+
+    def _accumulate(
+        self,
+        rows_UD: Tensor,
+        needed: IdSet,
+        parts: Sequence[tuple[JaggedBatch, Tensor | None]],
+        position: tuple[int, Workload],
+    ) -> float:
+        """Sum of losses over the parts, whose gradients reach `rows_UD` and the tower.
+
+        Args:
+            rows_UD: a leaf, the rows of `needed`.
+            needed: ids of the step.
+            parts: of this rank's share, each with its negatives.
+            position: number of the step and work of all ranks.
+        """
+        step, work = position
+        total = rows_UD.new_zeros((), dtype=torch.float64)
+        for number, (part, negatives) in enumerate(parts, start=1):
+            with self.recommender.exchanging(number == len(parts)):
+                with record_function("encode"):
+                    items_TD = rows_UD.index_select(0, needed.places(part.item_ids))
+                    queries_TD = self.recommender.encode(items_TD, part, noise_key=fold(self.seed, step, _DROPOUT))
+                with record_function("loss"):
+                    places = None if negatives is None else needed.places(negatives)
+                    targets = part.target_ids
+                    if part.trained is not None:
+                        queries_TD, targets = queries_TD[part.trained], targets[part.trained]
+                    candidates = Candidates(rows_UD, needed.places(targets), places)
+                    loss_sum = softmax_loss(queries_TD, candidates, self.softmax)
+                total += loss_sum.detach()
+                # gradients are averaged over ranks; the mean wanted is over all positions of all ranks
+                (loss_sum * (self.world.size / max(1, work.targets))).backward()
+        return float(total)
 
     def _negatives(self, batch: JaggedBatch, step: int) -> Tensor | None:
         if isinstance(self.loss, FullSoftmaxConfig):
             return None
         noise = token_noise(batch, self.recommender.max_length, fold(self.seed, step, _NEGATIVES))
+        if batch.trained is not None:
+            noise = TokenNoise(noise.key, noise.tokens[batch.trained])
         return self.recommender.tower.rows.integers(noise, self.loss.num_negatives, self.recommender.num_items)
 
     def _needed(self, batch: JaggedBatch, negatives: Tensor | None, work: Workload) -> IdSet:
         num_items = self.recommender.num_items
         # where ranks draw each item many times over, finding the few that are missing costs more than it saves;
         # decided for all ranks together, so that the rows a step touches do not depend on their number
-        if negatives is None or work.tokens * negatives.shape[1] >= _DRAWS_OF_EVERYTHING * num_items:
+        if negatives is None or work.targets * negatives.shape[1] >= _DRAWS_OF_EVERYTHING * num_items:
             return IdSet.everything(num_items, batch.item_ids.device)
         return IdSet.of([batch.item_ids, batch.target_ids, negatives], num_items)

@@ -112,15 +112,16 @@ class Trainer:
     def _agree(self, batch: JaggedBatch) -> tuple[Workload, bool]:
         """Work of all ranks' shares, and whether any rank was asked to stop."""
         share = Workload.causal(batch.lengths.tolist())
-        mine = [share.tokens, share.attention_pairs, int(self.stop_requested())]
-        tokens, pairs, stopping = sum_over_ranks(torch.tensor(mine, device=self.world.device)).tolist()
-        return Workload(tokens=tokens, attention_pairs=pairs), stopping > 0
+        mine = [share.tokens, share.attention_pairs, batch.num_context, int(self.stop_requested())]
+        tokens, pairs, context, stopping = sum_over_ranks(torch.tensor(mine, device=self.world.device)).tolist()
+        return Workload(tokens=tokens, attention_pairs=pairs, context=context), stopping > 0
 
     def _count(self, work: Workload) -> None:
         state = self.state
         state.batch, state.step = state.batch + 1, state.step + 1
         state.tokens += work.tokens
         state.attention_pairs += work.attention_pairs
+        state.context += work.context
         state.add_training_time(self._lap(), self.peak_flops)
 
     def _lap(self) -> float:

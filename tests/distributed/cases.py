@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from hstu_dist.commands.session import Session
 from hstu_dist.config import RunConfig, compose
@@ -51,7 +52,14 @@ def trainer_of(session: Session, state: TrainState, epochs: int, hooks: Sequence
     config = session.config
     averaging = [] if session.average is None else [AverageHook(session.average)]
     return Trainer(
-        step=TrainStep(session.recommender, config.loss, session.optimizers, session.world, config.seed),
+        step=TrainStep(
+            session.recommender,
+            config.loss,
+            session.optimizers,
+            session.world,
+            config.seed,
+            config.trainer.micro_batches,
+        ),
         loader=session.loader(Split.TRAIN),
         state=state,
         epochs=epochs,
@@ -62,6 +70,8 @@ def trainer_of(session: Session, state: TrainState, epochs: int, hooks: Sequence
 
 def whole(value: Any) -> Tensor:
     """A tensor of `Session.tensors`, gathered on every rank if it is sharded."""
+    if isinstance(value, DTensor):
+        return value.detach().full_tensor().clone()
     if isinstance(value, Tensor) and not hasattr(value, "local_shards"):
         return value.detach().clone()
     full = torch.zeros(value.size())
