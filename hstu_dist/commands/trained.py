@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hstu_dist.checkpoint.manifest import Manifest, check_file, read_manifest
+from hstu_dist.checkpoint.manifest import check_file, read_manifest
 from hstu_dist.checkpoint.storage import read_whole
-from hstu_dist.commands.checkpoint import find
+from hstu_dist.commands.checkpoint import TABLE, TOWER, find, weight_records
 from hstu_dist.config import RunConfig, compose, load
 from hstu_dist.data.vocabulary import Vocabulary
 from hstu_dist.errors import UserError
@@ -23,8 +23,6 @@ from hstu_dist.inference.retrieval import RetrievalModel
 from hstu_dist.machine import keep_freed_memory
 from hstu_dist.models.tower import Tower
 from hstu_dist.run_folder import RunFolder
-
-_TOWER, _TABLE = "tower.", "table."
 
 
 @dataclass(frozen=True)
@@ -83,20 +81,10 @@ def read_weights(folder: RunFolder, width: int) -> Weights:
     path, manifest = checkpoints[step]
     for name, record in manifest.files.items():
         check_file(path, name, record)
-    return Weights(step, _tensors(path, manifest, _TOWER), _table(path, manifest)[:, :width].contiguous())
-
-
-def _tensors(path: Path, manifest: Manifest, prefix: str) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(prefix): read_whole(path, record)
-        for name, record in manifest.tensors.items()
-        if name.startswith(prefix)
-    }
-
-
-def _table(path: Path, manifest: Manifest) -> Tensor:
-    (table,) = _tensors(path, manifest, _TABLE).values()
-    return table
+    tensors = {name: read_whole(path, record) for name, record in weight_records(manifest).items()}
+    (table,) = (tensor for name, tensor in tensors.items() if name.startswith(TABLE))
+    tower = {name.removeprefix(TOWER): tensor for name, tensor in tensors.items() if name.startswith(TOWER)}
+    return Weights(step, tower, table[:, :width].contiguous())
 
 
 @dataclass(frozen=True)
@@ -132,13 +120,13 @@ def load_trained(config: RunConfig, folder: RunFolder, use: ModelUse, cache: Sta
     if use.threads is not None:
         torch.set_num_threads(use.threads)
     device = _device(use.device)
-    data = use.data or config.data.path
+    data = use.prepared_data or config.data.path
     items = ItemIndex(Vocabulary.items(data))
     weights = read_weights(folder, config.model.width)
     if len(items) != weights.table_VD.shape[0]:
         raise UserError(
             f"{data}: has {len(items)} items, the run was trained on {weights.table_VD.shape[0]}",
-            "set data=FOLDER to the prepared data that the run was trained on",
+            "set prepared_data=FOLDER to the prepared data that the run was trained on",
         )
     tower = tower_of(config, weights, device)
     model = RetrievalModel(tower, weights.table_VD.to(device), config.model.max_length, cache)

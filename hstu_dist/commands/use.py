@@ -1,4 +1,4 @@
-"""What `score`, `retrieve`, `export` and `serve` share: the words of a command as a run and the command's own settings."""
+"""What the commands that use a trained run share: their words, told apart into a run and settings of their own."""
 
 from __future__ import annotations
 

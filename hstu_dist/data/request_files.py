@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -127,9 +127,9 @@ class Piece:
 class AnswerFile:
     """The requests and further columns, written piece by piece."""
 
-    def __init__(self, file: BinaryIO, schema: pa.Schema) -> None:
+    def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
+        self._writer = writer
         self._schema = schema
-        self._writer = pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True)
 
     def write(self, piece: Piece, answers: Mapping[str, tuple[npt.NDArray[np.int64], Any]]) -> None:
         """Adds a piece.
@@ -145,10 +145,6 @@ class AnswerFile:
             flat = pa.array(values, wanted.value_type, from_pandas=nan_is_null)
             columns.append(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat, type=wanted))
         self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
-
-    def close(self) -> None:
-        """Writes what a reader needs."""
-        self._writer.close()
 
 
 @contextmanager
@@ -169,9 +165,10 @@ def answers(requests: RequestFile, output: Path, added: Mapping[str, str]) -> It
     fields = [pa.field(name, pa.list_(pa.type_for_alias(kind))) for name, kind in added.items()]
     schema = pa.schema([*requests.schema, *fields])
     try:
-        with replacing(output) as file:
-            writer = AnswerFile(file, schema)
-            yield writer
-            writer.close()
+        with (
+            replacing(output) as file,
+            pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer,
+        ):
+            yield AnswerFile(writer, schema)
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror})", "set output to a writable file") from error

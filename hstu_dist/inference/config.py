@@ -17,14 +17,14 @@ class ModelUse:
     Attributes:
         device: cpu, cuda, or auto: CUDA where there is one.
         threads: CPU threads; null: all cores.
-        data: folder of the prepared data that names the items; null: the one that the run was trained on.
+        prepared_data: folder that names the items; null: the one that the run was trained on.
         unknown: what becomes of items that the model was not trained on: error refuses the request, skip leaves such
             events out of histories and gives such candidates no score.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, gt=0)
-    data: str | None = None
+    prepared_data: str | None = None
     unknown: Literal["error", "skip"] = "error"
 
 

@@ -173,7 +173,8 @@ def history_of(requests: Requests, device: torch.device) -> History:
     query_times[requests.offsets[1:][filled] - 1] = requests.times[filled]
 
     def tensor(values: Ints) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+        # a copy: what came from a file cannot be written
+        return torch.from_numpy(values.copy()).to(device)
 
     return History(
         offsets=tensor(requests.offsets),
