@@ -100,6 +100,8 @@ def test_imports_go_one_way(file: Path) -> None:
         ("xxhash", {"checkpoint"}),
         ("matplotlib", {"report/plots.py"}),
         ("faiss", {"inference/hnsw.py"}),
+        ("aiohttp", {"inference/server.py"}),
+        ("prometheus_client", {"inference/server.py", "inference/server_metrics.py"}),
     ],
 )
 def test_a_library_has_one_home(library: str, allowed: set[str]) -> None:

@@ -25,7 +25,7 @@ class History:
         tokens: [T, C] int64.
         key_times: [T] int64 seconds, when each event happened.
         query_times: [T] int64 seconds, when the token after each one happened; of the last one the time of the request.
-        users: [B], whose they are, for the cache; None: nothing is kept.
+        users: [B], whose they are, for the cache; None, of one or of all: not kept.
         num_contextual: [B] int64, first tokens that see exactly each other; None: none.
     """
 

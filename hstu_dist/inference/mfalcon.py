@@ -124,7 +124,9 @@ class _Job:
         self.version = scorer.version()
         self.history = history
         self.candidates = candidates
-        self.cache = None if history.users is None else cache
+        self.cache = StateCache(0) if cache is None else cache
+        # None: not kept
+        self.users = [None] * history.num_users if cache is None or history.users is None else history.users
         self.rows = [range(*pair) for pair in pairwise(history.offsets.tolist())]
         columns = [history.tokens, history.key_times[:, None], history.query_times[:, None]]
         self.identity = torch.cat(columns, dim=1)
@@ -159,7 +161,7 @@ class _Job:
             candidates=range(part.first, part.end),
             start=start,
             state=state if known else None,
-            keep=known < len(history) and (self.cache is not None or not part.is_last),
+            keep=known < len(history) and (self._cached(part.user) or not part.is_last),
         )
 
     def _known(self, user: int) -> tuple[UserState | None, int]:
@@ -167,8 +169,8 @@ class _Job:
         state = self.states.get(user)
         if state is not None:
             return state, len(self.rows[user])
-        if self.cache is not None and self.history.users is not None:
-            state = self.cache.get(self.history.users[user], self.version)
+        if self._cached(user):
+            state = self.cache.get(self.users[user], self.version)
         if state is None:
             return None, 0
         wanted = self._identity(user)
@@ -203,9 +205,12 @@ class _Job:
             values=tuple(memory.values[segment.user]),
             last=last.clone(),
         )
-        if self.cache is not None and self.history.users is not None:
-            self.cache.put(self.history.users[segment.user], self.version, state)
+        if self._cached(segment.user):
+            self.cache.put(self.users[segment.user], self.version, state)
         return state
+
+    def _cached(self, user: int) -> bool:
+        return self.users[user] is not None
 
     def _identity(self, user: int) -> Tensor:
         rows = self.rows[user]

@@ -53,7 +53,7 @@ class Requests:
         candidate_offsets: [B+1] int64.
         candidate_ids: [M] int64, dense ids; UNKNOWN as above.
         times: [B] int64 seconds, when each request is made.
-        users: [B], whose histories they are, for the cache; None: nobody says.
+        users: [B], whose histories they are, for the cache; None: nobody says, of one request or of all.
     """
 
     offsets: Ints
@@ -82,9 +82,7 @@ class Requests:
             for field in fields(cls)
             if field.name in ("item_ids", "timestamps", "actions", "candidate_ids", "times")
         }
-        users = None
-        if all(part.users is not None for part in parts):
-            users = [user for part in parts for user in part.users or ()]
+        users = [user for part in parts for user in (part.users or [None] * part.count)]
         return cls(
             offsets=offsets([part.offsets for part in parts]),
             candidate_offsets=offsets([part.candidate_offsets for part in parts]),
