@@ -1,7 +1,8 @@
-"""`checkpoint`: looks at checkpoints without starting ranks: what they hold, whether they are whole, their weights."""
+"""`checkpoint`: without starting ranks, what checkpoints hold, whether they are whole, their weights, their files."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from pathlib import Path
@@ -10,6 +11,7 @@ from rich.filesize import decimal
 
 from hstu_dist.checkpoint.manifest import Manifest, TensorRecord, check_file, read_manifest, step_of
 from hstu_dist.config import load
+from hstu_dist.distributed.config import ITEM
 from hstu_dist.errors import UserError
 from hstu_dist.run_folder import RunFolder
 
@@ -40,6 +42,9 @@ def inspect(path: Path, say: Callable[[str], None]) -> None:
     size = sum(file.bytes for file in manifest.files.values())
     say(f"checkpoint {folder}: {position}")
     say(f"written by {manifest.world_size} ranks in {len(manifest.files)} files, {decimal(size)}")
+    for name, table in state.get("tables", {}).items():
+        optimizer = ", ".join(f"{key} {value}" for key, value in table["optimizer"].items() if value is not None)
+        say(f"table {name}: {table['rows']:,} rows x {table['width']}, {table['dtype']}; optimizer: {optimizer}")
     rows = [("tensor", "dtype", "shape", "parts", "bytes")]
     for name, record in sorted(manifest.tensors.items()):
         count = prod(record.shape) * _BITS[record.dtype] // 8
@@ -74,9 +79,9 @@ def verify(path: Path, say: Callable[[str], None]) -> None:
 def export(path: Path, output: Path, say: Callable[[str], None]) -> None:
     """Writes table and tower of a checkpoint as one safetensors file; all of it passes through memory.
 
-    `item_table.weight` has a row for each item, in the order of the prepared data's items; the tower's tensors keep
-    their names, after `tower.`. A moving average of the weights, where the run
-    has one, takes their place. State of optimizers stays behind.
+    `item_table.weight` has a row for each item, in the order of the prepared data's items; further tables are
+    `<name>_table.weight`, and the tower's tensors keep their names, after `tower.`. A moving average of the weights,
+    where the run has one, takes their place. State of optimizers stays behind.
 
     Args:
         path: a checkpoint, or a run, of which the newest one is meant.
@@ -87,19 +92,22 @@ def export(path: Path, output: Path, say: Callable[[str], None]) -> None:
         UserError: the checkpoint is missing or damaged, its run is not around it, or the output cannot be written.
     """
     # torch takes seconds to import
+    from hstu_dist.checkpoint.offline import read_whole
     from hstu_dist.checkpoint.safetensors_file import write_safetensors
-    from hstu_dist.checkpoint.storage import read_whole
 
     folder = find(path)[-1]
     manifest = read_manifest(folder)
     for name, file in manifest.files.items():
         check_file(folder, name, file)
-    width = _model_width(folder)
+    tables = manifest.state.get("tables")
+    # older checkpoints do not say, and have an item table only
+    widths = {name: table["width"] for name, table in tables.items()} if tables else {ITEM: _model_width(folder)}
     weights = {}
     for name, record in weight_records(manifest).items():
         if name.startswith(TABLE):
+            table = table_of(name)
             # stored rows are padded to a width that the kernels like
-            weights["item_table.weight"] = read_whole(folder, record)[:, :width]
+            weights[f"{table}_table.weight"] = read_whole(folder, record)[:, : widths[table]]
         else:
             weights[name] = read_whole(folder, record)
     try:
@@ -107,6 +115,39 @@ def export(path: Path, output: Path, say: Callable[[str], None]) -> None:
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror})", "give the name of a new file") from error
     say(f"{output}: {len(weights)} tensors, {decimal(written.record.bytes)}, of {folder}")
+
+
+def reshard(path: Path, ranks: int, say: Callable[[str], None]) -> None:
+    """Rewrites the files of a checkpoint as `ranks` ranks would have written them, in place.
+
+    Runs need it for nothing: they read what any number of ranks has written. It puts as many files where they are
+    going to be read as there will be readers.
+
+    Args:
+        path: a checkpoint, or a run, of which the newest one is meant.
+        ranks: how many.
+        say: prints a line for the user.
+
+    Raises:
+        UserError: there is none, it is damaged, its run is training, or it cannot be written; it stays as it was.
+    """
+    if ranks < 1:
+        raise UserError(f"--ranks: got {ranks}, expected at least 1", "give the number of ranks that will read it")
+    # torch takes seconds to import
+    from hstu_dist.checkpoint import offline
+
+    folder = find(path)[-1]
+    run = RunFolder(folder.resolve().parent.parent)
+    with run.lock() if run.config_file.exists() else contextlib.nullcontext():
+        manifest = read_manifest(folder)
+        before = manifest.world_size
+        for name, file in manifest.files.items():
+            check_file(folder, name, file)
+        if ranks != before:
+            manifest = offline.reshard(folder, manifest, ranks)
+    size = decimal(sum(file.bytes for file in manifest.files.values()))
+    said = "already as" if ranks == before else f"written by {before} ranks, now as"
+    say(f"checkpoint {folder}: {said} {ranks} ranks write it, {len(manifest.files)} files, {size}")
 
 
 def weight_records(manifest: Manifest) -> dict[str, TensorRecord]:
@@ -118,6 +159,11 @@ def weight_records(manifest: Manifest) -> dict[str, TensorRecord]:
         if name.startswith(_AVERAGE) or not averaged
     }
     return {name: record for name, record in records.items() if name.startswith((TABLE, TOWER))}
+
+
+def table_of(name: str) -> str:
+    """Name of the table that a stored tensor's rows belong to."""
+    return name.split(".")[-2]
 
 
 def find(path: Path) -> list[Path]:

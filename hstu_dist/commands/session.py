@@ -13,9 +13,12 @@ from hstu_dist.data.config import BatchingConfig, LoaderConfig
 from hstu_dist.data.dataset import SequenceDataset
 from hstu_dist.data.loader import BatchLoader, Shard, popularity
 from hstu_dist.data.split import Split
+from hstu_dist.distributed.parallel import DenseSettings
+from hstu_dist.distributed.planner import build_tables
 from hstu_dist.distributed.process_group import World
 from hstu_dist.distributed.recommender import Recommender
 from hstu_dist.models.flops import Workload, count_flops
+from hstu_dist.preflight import memory_limit, table_shapes
 from hstu_dist.train.average import WeightAverage
 from hstu_dist.train.evaluate import evaluate, evaluate_popularity
 from hstu_dist.train.optimizer import Optimizers
@@ -45,10 +48,11 @@ class Session:
     def build(cls, config: RunConfig, world: World) -> Session:
         """Opens the data and builds the model, the same at any world size for a seed."""
         dataset = SequenceDataset.open(config.data.path)
-        recommender = Recommender(
-            dataset.num_items, config.model, config.embedding, world.device, config.seed, config.trainer.parallel
-        )
-        optimizers = Optimizers(recommender.tower, recommender.table.optimizer, config.optimizer)
+        shapes = table_shapes(config, dataset.num_items)
+        tables = build_tables(config.embedding, shapes, world.device, config.seed, memory_limit(config))
+        dense = DenseSettings(parallel=config.trainer.parallel, precision=config.trainer.precision)
+        recommender = Recommender(tables, config.model, world.device, config.seed, dense)
+        optimizers = Optimizers(recommender.tower, recommender.tables.optimizer, config.optimizer)
         decay = config.optimizer.average_decay
         average = None if decay is None else WeightAverage(_weights(recommender), decay)
         return cls(config, world, dataset, recommender, optimizers, average)
@@ -101,7 +105,7 @@ class Session:
         if self.average is not None:
             flat |= {f"average.{name}": value for name, value in self.average.averages.items()}
         flat |= {f"optimizer.{name}": value for name, value in self.optimizers.state_tensors().items()}
-        table_state = self.recommender.table.optimizer.state_tensors()
+        table_state = self.recommender.tables.optimizer.state_tensors()
         flat |= {f"table_optimizer.{name}": value for name, value in table_state.items()}
         return flat
 
@@ -109,7 +113,7 @@ class Session:
 def _weights(recommender: Recommender) -> dict[str, Any]:
     """Weights of tower and table under the names that checkpoints use."""
     flat: dict[str, Any] = {f"tower.{name}": value for name, value in recommender.tower.state_dict().items()}
-    return flat | {f"table.{name}": value for name, value in recommender.table.sharded.state_dict().items()}
+    return flat | {f"table.{name}": value for name, value in recommender.tables.weights().items()}
 
 
 def sequence_cost(flops: Callable[[Workload], int]) -> CostLaw:

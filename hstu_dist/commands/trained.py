@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from hstu_dist.checkpoint.manifest import check_file, read_manifest
-from hstu_dist.checkpoint.storage import read_whole
-from hstu_dist.commands.checkpoint import TABLE, TOWER, find, weight_records
+from hstu_dist.checkpoint.offline import read_whole
+from hstu_dist.commands.checkpoint import TABLE, TOWER, find, table_of, weight_records
 from hstu_dist.config import RunConfig, compose, load
 from hstu_dist.data.vocabulary import Vocabulary
+from hstu_dist.distributed.config import ITEM
 from hstu_dist.errors import UserError
 from hstu_dist.inference.cache import StateCache
 from hstu_dist.inference.config import ModelUse
@@ -82,9 +83,9 @@ def read_weights(folder: RunFolder, width: int) -> Weights:
     for name, record in manifest.files.items():
         check_file(path, name, record)
     tensors = {name: read_whole(path, record) for name, record in weight_records(manifest).items()}
-    (table,) = (tensor for name, tensor in tensors.items() if name.startswith(TABLE))
+    (table,) = (tensor for name, tensor in tensors.items() if name.startswith(TABLE) and table_of(name) == ITEM)
     tower = {name.removeprefix(TOWER): tensor for name, tensor in tensors.items() if name.startswith(TOWER)}
-    return Weights(step, tower, table[:, :width].contiguous())
+    return Weights(step, tower, table[:, :width].float().contiguous())
 
 
 @dataclass(frozen=True)

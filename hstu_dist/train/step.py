@@ -82,7 +82,7 @@ class TrainStep:
             negatives = self._negatives(batch, step)
         with record_function("look up"):
             needed = self._needed(batch, negatives, work)
-            rows_UD = self.recommender.table(needed.ids)
+            rows_UD = self.recommender.items(needed.ids)
         # the table updates its rows in the backward of their lookup: all parts add to one gradient before
         leaf_UD = rows_UD.detach().requires_grad_()
         value = self._accumulate(leaf_UD, needed, self._parts(batch, negatives), (step, work))
