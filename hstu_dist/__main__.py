@@ -15,7 +15,7 @@ from hstu_dist.commands.use import Words
 from hstu_dist.config import RunConfig, compose, compose_dict, conf_dir, groups_help, hardware_names, load
 from hstu_dist.console import report, say
 from hstu_dist.errors import ExitCode, PeerLostError, UserError
-from hstu_dist.inference.config import RetrieveConfig, ScoreConfig, ServeConfig
+from hstu_dist.inference.config import ExportConfig, RetrieveConfig, ScoreConfig, ServeConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -120,6 +120,7 @@ def _add_uses(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     for name, summary, function in (
         ("score", "score the candidates of a Parquet file of requests", _score),
         ("retrieve", "find the best items of the corpus for a Parquet file of histories", _retrieve),
+        ("export", "write the tower as packages that need nothing but torch", _export),
         ("serve", "answer requests over HTTP", _serve),
     ):
         command = commands.add_parser(
@@ -215,6 +216,13 @@ def _retrieve(options: argparse.Namespace) -> None:
     from hstu_dist.commands.score import retrieve_file
 
     retrieve_file(words.run, words.overrides, words.settings, say)
+
+
+def _export(options: argparse.Namespace) -> None:
+    words = Words.of("export", ExportConfig, options.words)
+    from hstu_dist.commands.export import export_run
+
+    export_run(words.run, words.overrides, words.settings, say)
 
 
 def _serve(options: argparse.Namespace) -> None:

@@ -22,6 +22,7 @@ from hstu_dist.inference.config import ModelUse
 from hstu_dist.inference.requests import ItemIndex
 from hstu_dist.inference.retrieval import RetrievalModel
 from hstu_dist.machine import keep_freed_memory
+from hstu_dist.models.config import HSTUConfig, TransformerConfig
 from hstu_dist.models.tower import Tower
 from hstu_dist.run_folder import RunFolder
 
@@ -129,14 +130,14 @@ def load_trained(config: RunConfig, folder: RunFolder, use: ModelUse, cache: Sta
             f"{data}: has {len(items)} items, the run was trained on {weights.table_VD.shape[0]}",
             "set prepared_data=FOLDER to the prepared data that the run was trained on",
         )
-    tower = tower_of(config, weights, device)
+    tower = tower_of(config.model, weights, device)
     model = RetrievalModel(tower, weights.table_VD.to(device), config.model.max_length, cache)
     return Trained(model, items, weights.step, folder.path)
 
 
-def tower_of(config: RunConfig, weights: Weights, device: torch.device) -> Tower:
+def tower_of(model: HSTUConfig | TransformerConfig, weights: Weights, device: torch.device) -> Tower:
     """The tower with a checkpoint's weights, which will not be trained."""
-    tower = Tower(config.model, device)
+    tower = Tower(model, device)
     # strict: a tower of other settings must not pass
     tower.load_state_dict(weights.tower)
     return tower.requires_grad_(False).eval()

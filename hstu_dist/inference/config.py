@@ -72,12 +72,14 @@ class ExportConfig:
 
     Attributes:
         output: folder to write.
+        prepared_data: folder that names the items; null: the one that the run was trained on.
         compile: also compile it for this machine's CPU (AOTInductor; needs a C++ compiler).
         max_candidates: most candidates of a request that the exported tower takes.
         max_users: most users of a batch that it takes.
     """
 
     output: str
+    prepared_data: str | None = None
     compile: bool = True
     max_candidates: int = Field(default=1024, gt=1)
     max_users: int = Field(default=1024, gt=1)
