@@ -138,8 +138,15 @@ def load_trained(config: RunConfig, folder: RunFolder, use: ModelUse, cache: Sta
 def tower_of(model: HSTUConfig | TransformerConfig, weights: Weights, device: torch.device) -> Tower:
     """The tower with a checkpoint's weights, which will not be trained."""
     tower = Tower(model, device)
-    # strict: a tower of other settings must not pass
-    tower.load_state_dict(weights.tower)
+    try:
+        # strict: a tower of other settings, or of another task, must not pass
+        tower.load_state_dict(weights.tower)
+    except RuntimeError as error:
+        first = str(error).partition("\n")[2].strip().partition("\n")[0]
+        raise UserError(
+            f"checkpoint of step {weights.step}: is not that of a retrieval tower ({first[:200]})",
+            "name a run that was trained for retrieval with this version",
+        ) from error
     return tower.requires_grad_(False).eval()
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hstu_dist.errors import UserError
 from hstu_dist.models.context import QueriesKeysValues
 from hstu_dist.models.tower import Tower
 from hstu_dist.ops.bias import RelativeBias, time_bucket
@@ -54,6 +55,23 @@ class DenseContext:
     def key_times(self) -> Tensor:
         """As `Context.key_times`."""
         return self.keys.flatten()
+
+    def elapsed(self) -> Tensor:
+        """[B·S] int64 seconds since the token before, 0 for the first; candidates all follow the history."""
+        before = (self.slots - 1).clamp(min=0)
+        since = self.keys - self.keys.gather(1, before)
+        return torch.where(self.slots > 0, since, 0).flatten()
+
+    def recent(self, length: int) -> tuple[Tensor, DenseContext]:
+        """Layers that see the most recent tokens only have no padded form.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            f"export: the model has layers that see the last {length} tokens only, which padded batches cannot give",
+            "export a model without truncated layers",
+        )
 
     def attend(self, layer: int, qkv: QueriesKeysValues, spec: AttentionSpec, bias: RelativeBias | None) -> Tensor:
         """As `Context.attend`: each slot over the history, and each candidate over itself as well."""
