@@ -11,11 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hstu_dist import __version__
-from hstu_dist.commands.use import Words
-from hstu_dist.config import RunConfig, compose, compose_dict, conf_dir, groups_help, hardware_names, load
+from hstu_dist.config import RunConfig, compose, compose_dict, groups_help, hardware_names, load
 from hstu_dist.console import report, say
 from hstu_dist.errors import ExitCode, PeerLostError, UserError
-from hstu_dist.inference.config import ExportConfig, RetrieveConfig, ScoreConfig, ServeConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -127,7 +125,7 @@ def _add_uses(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
             name,
             help=summary,
             description=f"{summary}, with a run's best checkpoint, on one process",
-            epilog=f"settings of {name} and their meaning: {conf_dir() / name}.yaml",
+            epilog=f"settings of {name}, their defaults and meaning: conf/{name}.yaml",
         )
         command.set_defaults(run=function)
         command.add_argument(
@@ -205,6 +203,9 @@ def _checkpoint(options: argparse.Namespace) -> None:
 
 
 def _score(options: argparse.Namespace) -> None:
+    from hstu_dist.commands.use import Words
+    from hstu_dist.inference.config import ScoreConfig
+
     words = Words.of("score", ScoreConfig, options.words)
     from hstu_dist.commands.score import score_file
 
@@ -212,6 +213,9 @@ def _score(options: argparse.Namespace) -> None:
 
 
 def _retrieve(options: argparse.Namespace) -> None:
+    from hstu_dist.commands.use import Words
+    from hstu_dist.inference.config import RetrieveConfig
+
     words = Words.of("retrieve", RetrieveConfig, options.words)
     from hstu_dist.commands.score import retrieve_file
 
@@ -219,6 +223,9 @@ def _retrieve(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    from hstu_dist.commands.use import Words
+    from hstu_dist.inference.config import ExportConfig
+
     words = Words.of("export", ExportConfig, options.words)
     from hstu_dist.commands.export import export_run
 
@@ -226,6 +233,9 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
+    from hstu_dist.commands.use import Words
+    from hstu_dist.inference.config import ServeConfig
+
     words = Words.of("serve", ServeConfig, options.words)
     from hstu_dist.commands.serve import serve_run
 
