@@ -21,6 +21,7 @@ from hstu_dist.machine import keep_freed_memory
 BENCHMARKS: Mapping[str, str] = {
     "attention": "HSTU attention against torch's flash attention and the padded research code",
     "encoder": "HSTU layers against Transformer layers on flash attention: the paper's figure of speed",
+    "inference": "M-FALCON against one candidate at a time, cached histories, memory, a server under load",
     "train_step": "a whole training step on MovieLens-1M, and where its time goes",
     "embedding": "embedding tables: lookup with update against nn.Embedding, share of a step, memory of a large table",
     "data": "events/s of reading and batching, Stochastic Length, balance of 64 simulated ranks",

@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     replay_command.add_argument("--debug", action="store_true", help="show the stack trace of an error")
     _add_doctor(commands)
     _add_checkpoint(commands)
+    _add_uses(commands)
     return parser
 
 
@@ -133,6 +134,27 @@ def _add_checkpoint(commands: argparse._SubParsersAction[argparse.ArgumentParser
     command.add_argument("output", type=Path, nargs="?", help="of export: the new file")
     command.add_argument("--ranks", type=int, help="of reshard: how many")
     command.add_argument("--debug", action="store_true", help="show the stack trace of an error")
+
+
+def _add_uses(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Commands that use a trained run."""
+    for name, summary, function in (
+        ("score", "score the candidates of a Parquet file of requests", _score),
+        ("retrieve", "find the best items of the corpus for a Parquet file of histories", _retrieve),
+        ("export", "write the tower as packages that need nothing but torch", _export),
+        ("serve", "answer requests over HTTP", _serve),
+    ):
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary}, with a run's best checkpoint, on one process",
+            epilog=f"settings of {name}, their defaults and meaning: conf/{name}.yaml",
+        )
+        command.set_defaults(run=function)
+        command.add_argument(
+            "words", nargs="+", metavar="RUN | key=value", help="the run's folder, or its settings; settings of the use"
+        )
+        command.add_argument("--debug", action="store_true", help="show the stack trace of an error")
 
 
 def _run_config(options: argparse.Namespace) -> RunConfig:
@@ -214,6 +236,46 @@ def _checkpoint(options: argparse.Namespace) -> None:
         verify(options.path, say)
     else:
         inspect(options.path, say)
+
+
+def _score(options: argparse.Namespace) -> None:
+    from hstu_dist.commands.use import Words
+    from hstu_dist.inference.config import ScoreConfig
+
+    words = Words.of("score", ScoreConfig, options.words)
+    from hstu_dist.commands.score import score_file
+
+    score_file(words.run, words.overrides, words.settings, say)
+
+
+def _retrieve(options: argparse.Namespace) -> None:
+    from hstu_dist.commands.use import Words
+    from hstu_dist.inference.config import RetrieveConfig
+
+    words = Words.of("retrieve", RetrieveConfig, options.words)
+    from hstu_dist.commands.score import retrieve_file
+
+    retrieve_file(words.run, words.overrides, words.settings, say)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from hstu_dist.commands.use import Words
+    from hstu_dist.inference.config import ExportConfig
+
+    words = Words.of("export", ExportConfig, options.words)
+    from hstu_dist.commands.export import export_run
+
+    export_run(words.run, words.overrides, words.settings, say)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from hstu_dist.commands.use import Words
+    from hstu_dist.inference.config import ServeConfig
+
+    words = Words.of("serve", ServeConfig, options.words)
+    from hstu_dist.commands.serve import serve_run
+
+    serve_run(words.run, words.overrides, words.settings, say)
 
 
 if __name__ == "__main__":

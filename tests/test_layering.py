@@ -22,7 +22,7 @@ LINES = [
     {"cluster", "data", "models", "losses", "metrics"},
     {"distributed"},
     {"checkpoint"},
-    {"train", "plan"},
+    {"train", "plan", "inference"},
     {"config"},
     {"run_folder"},
     {"preflight", "report", "doctor"},
@@ -105,6 +105,9 @@ def test_imports_go_one_way(file: Path) -> None:
         ("pyspark", {"data/spark_engine.py"}),
         ("xxhash", {"checkpoint"}),
         ("matplotlib", {"report/plots.py"}),
+        ("faiss", {"inference/hnsw.py"}),
+        ("aiohttp", {"inference/server.py"}),
+        ("prometheus_client", {"inference/server.py", "inference/server_metrics.py"}),
     ],
 )
 def test_a_library_has_one_home(library: str, allowed: set[str]) -> None:

@@ -9,15 +9,19 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
-from hstu_dist.checkpoint.manifest import check_file, read_manifest, step_of
+from hstu_dist.checkpoint.manifest import Manifest, TensorRecord, check_file, read_manifest, step_of
 from hstu_dist.config import load
 from hstu_dist.distributed.config import ITEM
 from hstu_dist.errors import UserError
 from hstu_dist.run_folder import RunFolder
 
 _BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
-_TABLE = "table."
-_TOWER = "tower."
+TABLE = "table."
+"""What names of the item table's tensors begin with."""
+
+TOWER = "tower."
+"""What names of the tower's tensors begin with."""
+
 _AVERAGE = "average."
 
 
@@ -99,16 +103,12 @@ def export(path: Path, output: Path, say: Callable[[str], None]) -> None:
     # older checkpoints do not say, and have an item table only
     widths = {name: table["width"] for name, table in tables.items()} if tables else {ITEM: _model_width(folder)}
     weights = {}
-    averaged = any(name.startswith(_AVERAGE) for name in manifest.tensors)
-    for stored, record in manifest.tensors.items():
-        if averaged and not stored.startswith(_AVERAGE):
-            continue
-        name = stored.removeprefix(_AVERAGE)
-        if name.startswith(_TABLE):
-            table = name.split(".")[-2]
+    for name, record in weight_records(manifest).items():
+        if name.startswith(TABLE):
+            table = table_of(name)
             # stored rows are padded to a width that the kernels like
             weights[f"{table}_table.weight"] = read_whole(folder, record)[:, : widths[table]]
-        elif name.startswith(_TOWER):
+        else:
             weights[name] = read_whole(folder, record)
     try:
         written = write_safetensors(output, weights)
@@ -148,6 +148,22 @@ def reshard(path: Path, ranks: int, say: Callable[[str], None]) -> None:
     size = decimal(sum(file.bytes for file in manifest.files.values()))
     said = "already as" if ranks == before else f"written by {before} ranks, now as"
     say(f"checkpoint {folder}: {said} {ranks} ranks write it, {len(manifest.files)} files, {size}")
+
+
+def weight_records(manifest: Manifest) -> dict[str, TensorRecord]:
+    """Tensors of table and tower, by name; of their moving average where the run has one."""
+    averaged = any(name.startswith(_AVERAGE) for name in manifest.tensors)
+    records = {
+        name.removeprefix(_AVERAGE): record
+        for name, record in manifest.tensors.items()
+        if name.startswith(_AVERAGE) or not averaged
+    }
+    return {name: record for name, record in records.items() if name.startswith((TABLE, TOWER))}
+
+
+def table_of(name: str) -> str:
+    """Name of the table that a stored tensor's rows belong to."""
+    return name.split(".")[-2]
 
 
 def find(path: Path) -> list[Path]:

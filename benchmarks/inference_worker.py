@@ -1,0 +1,43 @@
+"""A server of a model of HSTU-large's size with random weights, for `benchmarks.inference_load`."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from benchmarks.inference_load import ITEMS
+from hstu_dist.config import compose
+from hstu_dist.data.vocabulary import Vocabulary
+from hstu_dist.inference.config import ServeConfig
+from hstu_dist.inference.requests import ItemIndex
+from hstu_dist.inference.retrieval import RetrievalModel
+from hstu_dist.inference.server import Served, serve
+from hstu_dist.machine import keep_freed_memory
+from hstu_dist.models.tower import Tower
+
+
+def main() -> None:
+    """Serves until SIGTERM."""
+    keep_freed_memory()
+    model = compose(["experiment=ml1m_hstu_large"]).model
+    torch.manual_seed(0)
+    tower = Tower(model, torch.device("cpu")).requires_grad_(False)
+    vocabulary = Vocabulary(raw=pa.array(np.arange(ITEMS)), counts=np.ones(ITEMS, dtype=np.int64))
+    served = Served(
+        model=RetrievalModel(tower, torch.randn(ITEMS, model.width), model.max_length),
+        items=ItemIndex(vocabulary),
+        description={"run": "random"},
+    )
+
+    def say(line: str) -> None:
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
+
+    serve(served, ServeConfig(port=0), say)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""`score` and `retrieve`: a file of requests answered with a run's best checkpoint, on one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from hstu_dist.commands.trained import Trained, load_trained, run_of
+from hstu_dist.data.request_files import Piece, RequestFile, answers
+from hstu_dist.errors import UserError
+from hstu_dist.inference.config import RetrieveConfig, ScoreConfig
+from hstu_dist.inference.requests import Ints, RequestError, Requests
+from hstu_dist.inference.retrieval import ExactSearch, Search
+
+_NOBODY = np.zeros(0, dtype=np.int64)
+
+
+def score_file(run: Path | None, overrides: Sequence[str], settings: ScoreConfig, say: Callable[[str], None]) -> None:
+    """Writes the input's rows with a list of scores beside the candidates.
+
+    Args:
+        run: folder of the run, or None.
+        overrides: the run's settings, if there is no folder.
+        settings: of the command.
+        say: prints a line for the user.
+
+    Raises:
+        UserError: the run, the input or the output is not what it should be; nothing is written.
+    """
+    trained = load_trained(*run_of(run, overrides), settings)
+    source = RequestFile(Path(settings.input), needed=("item_ids", "timestamps", "candidates"))
+    names = {"score": "scores"}
+    with answers(source, Path(settings.output), dict.fromkeys(names.values(), "float")) as output:
+        for piece in source.pieces(settings.rows):
+            requests = _requests(piece, trained, settings.unknown, with_candidates=True)
+            scores = trained.model.score(requests, settings.micro_batch)
+            offsets = requests.candidate_offsets
+            output.write(piece, {column: (offsets, scores[name]) for name, column in names.items()})
+    say(f"{settings.output}: {source.num_rows} requests scored with step {trained.step} of {trained.run}")
+
+
+def retrieve_file(
+    run: Path | None, overrides: Sequence[str], settings: RetrieveConfig, say: Callable[[str], None]
+) -> None:
+    """Writes the input's rows with a list of the best items and one of their scores.
+
+    Args:
+        run: folder of the run, or None.
+        overrides: the run's settings, if there is no folder.
+        settings: of the command.
+        say: prints a line for the user.
+
+    Raises:
+        UserError: the run, the input or the output is not what it should be; nothing is written.
+    """
+    trained = load_trained(*run_of(run, overrides), settings)
+    search = search_of(trained, settings.index)
+    source = RequestFile(Path(settings.input), needed=("item_ids", "timestamps"))
+    added = {"retrieved": "string" if trained.items.is_text else "int64", "retrieved_scores": "float"}
+    with answers(source, Path(settings.output), added) as output:
+        for piece in source.pieces(settings.rows):
+            requests = _requests(piece, trained, settings.unknown, with_candidates=False)
+            best = trained.model.retrieve(requests, settings.k, settings.exclude_seen, search)
+            found = best.ids >= 0
+            offsets = np.concatenate(([0], np.cumsum(found.sum(axis=1))))
+            raw = trained.items.decode(best.ids[found])
+            output.write(piece, {"retrieved": (offsets, raw), "retrieved_scores": (offsets, best.scores[found])})
+    say(f"{settings.output}: {source.num_rows} requests answered with step {trained.step} of {trained.run}")
+
+
+def search_of(trained: Trained, index: str) -> Search:
+    """How the corpus is searched.
+
+    Raises:
+        UserError: a package is missing.
+    """
+    if index == "exact":
+        return ExactSearch(trained.model.items_VD)
+    try:
+        from hstu_dist.inference.hnsw import HnswSearch
+    except ImportError as error:
+        raise UserError("index=hnsw: needs the package faiss-cpu", "install hstu-dist[ann], or use exact") from error
+    return HnswSearch(trained.model.items_VD)
+
+
+def _requests(piece: Piece, trained: Trained, unknown: str, with_candidates: bool) -> Requests:
+    offsets, item_ids = _items(piece, "item_ids", trained)
+    time_offsets, timestamps = piece.lists("timestamps")
+    different = np.diff(offsets) != np.diff(time_offsets)
+    if different.any():
+        raise UserError(
+            f"{piece.path} row {piece.first_row + int(different.argmax())}: item_ids and timestamps differ in length",
+            "give each event its time",
+        )
+    candidate_offsets, candidates = np.zeros(len(offsets), dtype=np.int64), _NOBODY
+    if with_candidates:
+        candidate_offsets, candidates = _items(piece, "candidates", trained)
+    requests = Requests(
+        offsets=offsets,
+        item_ids=item_ids,
+        timestamps=timestamps,
+        actions=np.zeros(len(item_ids), dtype=np.int64),
+        candidate_offsets=candidate_offsets,
+        candidate_ids=candidates,
+        times=piece.values("time") if piece.has("time") else last_times(offsets, timestamps),
+    )
+    try:
+        requests.check()
+        requests = requests.known("skip" if unknown == "skip" else "error")
+        if unknown == "error":
+            requests.expect_history()
+    except RequestError as error:
+        row = piece.first_row + error.row
+        raise UserError(f"{piece.path} row {row}: {error.problem}", error.remedy) from error
+    return requests.most_recent(trained.model.max_length)
+
+
+def _items(piece: Piece, column: str, trained: Trained) -> tuple[Ints, Ints]:
+    offsets, raw = piece.lists(column)
+    try:
+        return offsets, trained.items.encode(raw)
+    except ValueError as error:
+        raise UserError(f"{piece.path}: column {column}: {error}", "give ids as the run's data has them") from error
+
+
+def last_times(offsets: Ints, timestamps: Ints) -> Ints:
+    """[B] time of each history's last event; 0 for an empty one."""
+    times = np.zeros(len(offsets) - 1, dtype=np.int64)
+    filled = np.diff(offsets) > 0
+    times[filled] = timestamps[offsets[1:][filled] - 1]
+    return times
