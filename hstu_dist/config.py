@@ -22,8 +22,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from hstu_dist.cluster import ClusterConfig
-from hstu_dist.data.config import DataConfig
-from hstu_dist.distributed.config import EmbeddingConfig
+from hstu_dist.data.stream.config import FeedConfig, StreamConfig
+from hstu_dist.distributed.config import ITEM, EmbeddingConfig, TableShape
 from hstu_dist.errors import UserError
 from hstu_dist.files import write_atomically
 from hstu_dist.losses.config import LossConfig
@@ -34,6 +34,10 @@ from hstu_dist.validation import STRICT, as_user_error
 
 HARDWARE = "hardware"
 """Folder of conf/ with the clusters that `plan` knows; no part of a run."""
+
+
+FEATURES: tuple[str, ...] = ()
+"""Tables besides the item table that a model can look up."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -54,7 +58,7 @@ class RunConfig:
     output: str = "runs"
     seed: int = Field(default=1, ge=0)
     nproc: int = Field(default=2, gt=0)
-    data: DataConfig
+    data: FeedConfig
     model: ModelConfig
     loss: LossConfig
     embedding: EmbeddingConfig
@@ -70,6 +74,23 @@ class RunConfig:
                 f"model.max_length: got {self.model.max_length}, "
                 f"expected at least data.max_length ({self.data.max_length})"
             )
+        self._check_tables()
+        _check_feed(self)
+
+    def _check_tables(self) -> None:
+        any_shape = TableShape(1, 1)
+        for name, spec in self.embedding.specs(dict.fromkeys([ITEM, *self.embedding.tables], any_shape)).items():
+            if name not in (ITEM, *FEATURES):
+                known = ", ".join(FEATURES) or "no further table"
+                raise ValueError(f"embedding.tables: got {name}, expected {known}: the model looks nothing else up")
+            lacking, dtype = spec.config.needs_cuda(), spec.config.dtype
+            if lacking is not None and self.trainer.device == "cpu":
+                raise ValueError(f"embedding table {name}: {lacking}, expected another with trainer.device=cpu")
+            if dtype != "fp32" and self.optimizer.average_decay is not None:
+                raise ValueError(
+                    f"optimizer.average_decay: got {self.optimizer.average_decay}, expected null: "
+                    f"the {dtype} rows of table {name} are too short for an average"
+                )
 
     @property
     def world_size(self) -> int:
@@ -80,6 +101,26 @@ class RunConfig:
     def run_dir(self) -> Path:
         """Folder that holds everything this run writes."""
         return Path(self.output) / self.name
+
+
+def _check_feed(config: RunConfig) -> None:
+    """Refuses what only makes sense with passes over a finished data set, or only without."""
+    trainer = config.trainer
+    if not isinstance(config.data, StreamConfig):
+        if trainer.epochs is None:
+            raise ValueError("trainer.epochs: got null, expected a number of passes over the data set")
+        return
+    for key, got, expected in (
+        ("trainer.epochs", trainer.epochs, None),
+        ("trainer.train_on", trainer.train_on, "train"),
+        ("trainer.evaluation.every_epochs", trainer.evaluation.every_epochs, 1),
+        ("trainer.evaluation.patience", trainer.evaluation.patience, None),
+        ("trainer.evaluation.track_test", trainer.evaluation.track_test, False),
+        ("optimizer.schedule.kind", config.optimizer.schedule.kind, "constant"),
+    ):
+        if got != expected:
+            shown = "null" if expected is None else expected
+            raise ValueError(f"{key}: got {got}, expected {shown} on a stream, whose end nobody knows")
 
 
 def conf_dir() -> Path:
@@ -219,6 +260,7 @@ _MAY_CHANGE = (
     "plan",
     "published",
     "output",
+    "embedding.plan",
     "trainer.epochs",
     "trainer.stop_epoch",
     "trainer.threads",
@@ -226,6 +268,10 @@ _MAY_CHANGE = (
     "trainer.device",
     "trainer.micro_batches",
     "trainer.batching.balance",
+    "data.poll_seconds",
+    "data.settle_seconds",
+    "data.give_up_seconds",
+    "data.ahead",
 )
 _MAY_CHANGE_GROUPS = (
     "trainer.logging",

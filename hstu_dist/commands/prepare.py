@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from hstu_dist.data.config import DataConfig
 from hstu_dist.data.prepare import prepare
+from hstu_dist.errors import UserError
 from hstu_dist.validation import STRICT, as_user_error
 
 
@@ -34,6 +35,8 @@ def prepare_data(values: Mapping[str, Any], say: Callable[[str], None]) -> None:
     Raises:
         UserError: a setting, the source or the target folder cannot be used.
     """
+    if isinstance(values.get("data"), Mapping) and values["data"].get("kind") == "stream":
+        raise UserError("data=stream: a stream is not prepared", "train on it at once: its files are read as they come")
     try:
         config = TypeAdapter(PrepareConfig).validate_python(values)
     except ValidationError as error:

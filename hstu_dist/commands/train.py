@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import signal
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 
 from hstu_dist.checkpoint.manager import CheckpointManager
+from hstu_dist.commands.embedding_table import embedding_table
+from hstu_dist.commands.fitting import Run
 from hstu_dist.commands.result_table import finished_report, result_table
 from hstu_dist.commands.session import Session
-from hstu_dist.config import RunConfig, to_dict
+from hstu_dist.commands.stream import train_stream
+from hstu_dist.config import RunConfig
 from hstu_dist.data.split import Split
+from hstu_dist.data.stream.config import StreamConfig
 from hstu_dist.distributed.agreement import check_machines_agree
-from hstu_dist.distributed.process_group import World, claim_machine, process_group
+from hstu_dist.distributed.process_group import World, claim_machine, claim_precision, process_group
+from hstu_dist.distributed.table_plan import PLAN_FILE
 from hstu_dist.errors import UserError
 from hstu_dist.preflight import preflight
 from hstu_dist.run_folder import RunFolder
-from hstu_dist.train.hooks import AverageHook, CheckpointHook, EvaluateHook, LogHook, ProfileHook, TrackTestHook
+from hstu_dist.train.hooks import EvaluateHook, TrackTestHook
 from hstu_dist.train.metrics_log import MetricsLog
 from hstu_dist.train.state import TrainState
-from hstu_dist.train.step import TrainStep
-from hstu_dist.train.throughput import job_peak_flops, training_averages
-from hstu_dist.train.trainer import Hook, Trainer
-
-logger = logging.getLogger(__name__)
+from hstu_dist.train.throughput import training_averages
+from hstu_dist.train.trainer import Hook
 
 
 def train(config: RunConfig, say: Callable[[str], None]) -> None:
@@ -51,8 +51,10 @@ def train(config: RunConfig, say: Callable[[str], None]) -> None:
                 say(finished_report(config, result))
             return
         claim_machine(config.trainer.threads, world)
+        claim_precision(config.trainer.precision, world.device)
         with _locked(folder, world):
-            _run(config, world, folder, say)
+            run = train_stream if isinstance(config.data, StreamConfig) else _run
+            run(config, world, folder, say)
 
 
 @contextlib.contextmanager
@@ -73,30 +75,20 @@ def _locked(folder: RunFolder, world: World) -> Iterator[None]:
 
 def _run(config: RunConfig, world: World, folder: RunFolder, say: Callable[[str], None]) -> None:
     session = Session.build(config, world)
-    settings = config.trainer.checkpoint
-    checkpoints = CheckpointManager(folder.checkpoints, settings.keep, settings.asynchronous)
-    state = restore(session, checkpoints)
+    run = Run.restored(session, folder)
     if world.is_main:
-        _announce(session, state, say)
+        _announce(session, run.state, say)
         folder.describe(config)
-    if not _fit(session, checkpoints, state, folder):
+        session.recommender.tables.plan.save(folder.path / PLAN_FILE)
+    trainer = run.fit(session.loader(session.training_split), partial(_evaluation_hooks, session))
+    if trainer.interrupted:
         if world.is_main:
-            by = f" by {folder.stop_file}" if folder.stop_file.exists() else ""
-            say(f"stopped at step {state.step}{by}; the same command continues")
+            say(run.stopped())
         return
-    result = _test(session, checkpoints, state)
+    result = _test(session, run.checkpoints, run.state)
     if world.is_main:
         folder.finish(result)
         say(result_table(config, result))
-
-
-def restore(session: Session, checkpoints: CheckpointManager) -> TrainState:
-    """State of the newest whole checkpoint, its tensors loaded; a fresh state where there is none."""
-    state = TrainState()
-    values = checkpoints.load_newest(session.tensors())
-    if values is not None:
-        state.load_state_dict(values)
-    return state
 
 
 def _announce(session: Session, state: TrainState, say: Callable[[str], None]) -> None:
@@ -105,43 +97,10 @@ def _announce(session: Session, state: TrainState, say: Callable[[str], None]) -
         f"run {config.run_dir}: {manifest.name}, {manifest.num_users} users, {manifest.num_items} items, "
         f"{manifest.num_events} events, {session.world.size} ranks"
     )
-    say(session.recommender.table.describe())
+    tables = session.recommender.tables
+    say(embedding_table(tables.specs, tables.plan))
     if state.step:
         say(f"continuing at epoch {state.epoch}, step {state.step}")
-
-
-def _fit(session: Session, checkpoints: CheckpointManager, state: TrainState, folder: RunFolder) -> bool:
-    """Trains to the end; False if somebody asked to stop."""
-    config, world = session.config, session.world
-    step = TrainStep(
-        session.recommender, config.loss, session.optimizers, world, config.seed, config.trainer.micro_batches
-    )
-    with contextlib.ExitStack() as stack:
-        # one rank looks for the file; the ranks agree before each step
-        stop_requested = stack.enter_context(stop_requests(folder.stop_file if world.is_main else None))
-        stack.callback(checkpoints.close)
-        log = None
-        if world.is_main:
-            log = stack.enter_context(MetricsLog(folder.path, config.trainer.logging, to_dict(config), state.step))
-        trainer = Trainer(
-            step=step,
-            loader=session.loader(session.training_split),
-            state=state,
-            epochs=config.trainer.epochs,
-            stop_epoch=config.trainer.stop_epoch,
-            world=world,
-            peak_flops=job_peak_flops(config.trainer.peak_flops, world),
-            hooks=[
-                LogHook(config.trainer.logging, log, session.training_flops),
-                *([] if session.average is None else [AverageHook(session.average)]),
-                ProfileHook(config.trainer.profile, folder.path),
-                *_evaluation_hooks(session, log),
-                CheckpointHook(config.trainer.checkpoint, checkpoints, session.tensors),
-            ],
-            stop_requested=stop_requested,
-        )
-        trainer.fit()
-    return not trainer.interrupted
 
 
 def _evaluation_hooks(session: Session, log: MetricsLog | None) -> Iterator[Hook]:
@@ -174,19 +133,3 @@ def _test(session: Session, checkpoints: CheckpointManager, state: TrainState) -
     if state.best_test:
         result["reference_protocol"] = {"best_epoch": state.best_test_epoch, "test": state.best_test}
     return result
-
-
-@contextlib.contextmanager
-def stop_requests(file: Path | None) -> Iterator[Callable[[], bool]]:
-    """Turns SIGTERM, SIGINT and the appearance of a file into a question that the loop asks before each step."""
-    received: list[int] = []
-
-    def remember(number: int, _frame: Any) -> None:
-        received.append(number)
-
-    previous = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: bool(received) or (file is not None and file.exists())
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -56,4 +56,6 @@ class Tower(nn.Module):
         x = items_TD * self.width**0.5 + self.position(context.positions)
         drop = drop_of(context.noise and context.noise.stream(_INPUT_STREAM), self.dropout)
         x = dropout(x, drop, self.rows)
-        return unit_rows(self.encoder(x, context))
+        encoded = self.encoder(x, context)
+        # lengths and the loss in float32 at least, whatever the layers compute in
+        return unit_rows(encoded.to(torch.promote_types(encoded.dtype, torch.float32)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field
@@ -9,6 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from hstu_dist.data.config import BatchingConfig, EmissionConfig
 from hstu_dist.distributed.config import ParallelConfig
+from hstu_dist.machine import Precision
 from hstu_dist.validation import STRICT
 
 
@@ -143,31 +145,34 @@ class TrainerConfig:
     """The loop.
 
     Attributes:
-        epochs: passes over the data that the learning-rate schedule spans.
-        stop_epoch: end after that epoch of the schedule; null: at its end.
+        epochs: passes over the data that the learning-rate schedule spans; null for a stream.
+        stop_epoch: end after that epoch of the schedule, or after that many windows of a stream; null: at the end.
         train_on: train leaves out the validation and test events; train_validation leaves out the test events only, for
             a final refit of a number of epochs that was chosen before: there is no validation, and the test split is
             read once, after the last epoch.
         global_batch_size: sequences of one step, over all ranks; on average, if `batching` is not by sequences.
         batching: how an epoch is cut into steps, and a step's sequences are shared out among the ranks.
         emission: generative training with sequences emitted at a rate of 1/n; null: every sequence once an epoch.
+        precision: arithmetic of the tower: float32; tf32, whose matrix products round float32 to TF32 on the way in
+            (GPUs from Ampere on); bfloat16, whose activations and matrix products are bfloat16 with float32 sums.
+            Parameters, gradients between ranks, optimizers, tables and the loss are float32 with all of them.
         micro_batches: parts, of whole sequences, that a rank computes its share of a step in, one after the other: the
             result is the same, and activations take the memory of one part.
         parallel: how the ranks share the tower.
         device: auto takes CUDA where there is one.
         threads: CPU threads of a rank; null: the machine's cores divided by its ranks.
         peak_flops: FLOP/s of one rank's device, what MFU is measured against; null: the data sheet of a known GPU for
-            float32 or TF32, whichever torch is set to, and on a CPU the rate of a float32 matrix product, measured at
-            the start.
+            `precision`, and on a CPU the rate of a matrix product in it, measured at the start.
         timeout_seconds: how long a rank waits for the others before it fails.
     """
 
-    epochs: int = Field(default=101, gt=0)
+    epochs: int | None = Field(default=101, gt=0)
     stop_epoch: int | None = Field(default=None, gt=0)
     train_on: Literal["train", "train_validation"] = "train"
     global_batch_size: int = Field(default=128, gt=0)
     batching: BatchingConfig = Field(default_factory=BatchingConfig)
     emission: EmissionConfig | None = None
+    precision: Precision = "float32"
     micro_batches: int = Field(default=1, gt=0)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -180,13 +185,15 @@ class TrainerConfig:
     profile: ProfileConfig = Field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
-        if self.stop_epoch is not None and self.stop_epoch > self.epochs:
+        if self.precision == "tf32" and self.device == "cpu":
+            raise ValueError("precision: got tf32, expected float32 or bfloat16: CPUs have no TF32")
+        if self.stop_epoch is not None and self.epochs is not None and self.stop_epoch > self.epochs:
             raise ValueError(f"stop_epoch: got {self.stop_epoch}, expected at most epochs ({self.epochs})")
 
     @property
-    def last_epoch(self) -> int:
+    def last_epoch(self) -> float:
         """Epochs after which the run ends, unless it stops early."""
-        return self.stop_epoch or self.epochs
+        return self.stop_epoch or self.epochs or math.inf
 
     @property
     def validates(self) -> bool:

@@ -26,7 +26,7 @@ class TrainState:
             to choose anything.
         best_test: all test metrics there.
         train_seconds: on rank 0, over all sessions of the run and without evaluation.
-        evaluation_seconds: of validation and whatever else ranks during training.
+        evaluation_seconds: of validation and whatever else ranks or waits during training.
         available_flops: what the devices of all ranks could have done in `train_seconds`; None once their peak was
             unknown.
     """

@@ -64,13 +64,13 @@ class TrainStep:
         self.world = world
         self.seed = seed
 
-    def __call__(self, batch: JaggedBatch, work: Workload, position: tuple[int, int]) -> StepResult:
+    def __call__(self, batch: JaggedBatch, work: Workload, position: tuple[int, int | None]) -> StepResult:
         """Updates the model on one global batch.
 
         Args:
             batch: this rank's share; may be empty.
             work: positions, attention pairs and context of all shares together.
-            position: (steps taken, steps of the whole run).
+            position: (steps taken, steps of the whole run, None if nobody knows).
 
         Raises:
             UserError: the loss is NaN or infinite.
@@ -82,7 +82,7 @@ class TrainStep:
             negatives = self._negatives(batch, step)
         with record_function("look up"):
             needed = self._needed(batch, negatives, work)
-            rows_UD = self.recommender.table(needed.ids)
+            rows_UD = self.recommender.items(needed.ids)
         # the table updates its rows in the backward of their lookup: all parts add to one gradient before
         leaf_UD = rows_UD.detach().requires_grad_()
         value = self._accumulate(leaf_UD, needed, self._parts(batch, negatives), (step, work))
