@@ -181,7 +181,7 @@ def test_several_bad_settings_are_counted() -> None:
 
 @pytest.mark.parametrize("experiment", GROUPS["experiment"])
 def test_settings_survive_a_file(experiment: str, tmp_path: Path) -> None:
-    config = compose([f"experiment={experiment}", "trainer.evaluation.patience=3", "optimizer.betas=[0.5,0.25]"])
+    config = compose([f"experiment={experiment}", "optimizer.clip_norm=3", "optimizer.betas=[0.5,0.25]"])
     save(config, tmp_path / "config.yaml")
     assert load(tmp_path / "config.yaml") == config
     assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
