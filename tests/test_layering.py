@@ -98,6 +98,8 @@ def test_imports_go_one_way(file: Path) -> None:
         ("torchrec", {"distributed"}),
         ("wandb", {"train/metrics_log.py"}),
         ("pyarrow", {"data"}),
+        ("duckdb", {"data/duckdb_engine.py"}),
+        ("pyspark", {"data/spark_engine.py"}),
         ("xxhash", {"checkpoint"}),
         ("matplotlib", {"report/plots.py"}),
     ],

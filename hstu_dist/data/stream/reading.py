@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from hstu_dist.data.columns import Column, actions_of, ids_of, times_of
-from hstu_dist.data.events import CSV_SUFFIXES, NULL_TEXTS, PARQUET_SUFFIXES
+from hstu_dist.data.columns import Column, Reading, actions_of, ids_of, is_text, reading_of, times_of
+from hstu_dist.data.events import NULL_TEXTS
+from hstu_dist.data.log_files import CSV_SUFFIXES, PARQUET_SUFFIXES
 from hstu_dist.data.stream.config import StreamConfig
 from hstu_dist.data.stream.keys import item_rows, user_keys
 from hstu_dist.data.stream.source import first_line
@@ -83,14 +84,12 @@ class Reader:
         """
         config = self.config
         table, is_csv = _parse(path, content, config.columns)
-        columns = {
-            name: Column(name=name, values=table[name], locate=lambda row: f"row {row + 1}", is_untyped=is_csv)
-            for name in config.columns
-        }
+        columns = {name: self._column(name, table[name], is_csv) for name in config.columns}
         if table.num_rows == 0:
             return Events.join([])
         users, items = ids_of(columns[config.user_column]), ids_of(columns[config.item_column])
-        order_times, seconds = times_of(columns[config.timestamp_column], config.timestamp_unit)
+        order_times, per_second = times_of(columns[config.timestamp_column], config.timestamp_unit)
+        seconds = (order_times // per_second).astype(np.int64)
         latest = int(seconds.argmax())
         if seconds[latest] > now + config.max_skew_seconds:
             columns[config.timestamp_column].reject(
@@ -106,6 +105,11 @@ class Reader:
         if (np.diff(order_times) < 0).any():
             events = events.at(np.argsort(order_times, kind="stable"))
         return events
+
+    def _column(self, name: str, values: pa.ChunkedArray, is_csv: bool) -> Column:
+        untyped = is_text(values.type) and (is_csv or name == self.config.timestamp_column)
+        reading = reading_of(values) if untyped else Reading.TEXT
+        return Column(name=name, values=values, locate=lambda row: f"row {row + 1}", reading=reading)
 
     def _check_types(self, ids: dict[str, pa.Array]) -> None:
         found = {name: "integers" if pa.types.is_integer(values.type) else "text" for name, values in ids.items()}
