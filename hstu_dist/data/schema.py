@@ -21,7 +21,7 @@ SEQUENCES_FILE = "sequences.parquet"
 USERS_FILE = "users.parquet"
 ITEMS_FILE = "items.parquet"
 DATA_FILES = (SEQUENCES_FILE, USERS_FILE, ITEMS_FILE)
-LENGTHS_PLOT = "lengths.png"
+LENGTHS_PLOT = "lengths"
 
 
 def _list_of(value_type: pa.DataType) -> pa.DataType:
@@ -46,7 +46,7 @@ def sequence_file(part: int, parts: int) -> str:
 
 def is_part_of_data_set(name: str) -> bool:
     """Whether a file or folder may lie in the folder of a data set."""
-    known = (MANIFEST_FILE, LENGTHS_PLOT, USERS_FILE, ITEMS_FILE)
+    known = (MANIFEST_FILE, USERS_FILE, ITEMS_FILE, f"{LENGTHS_PLOT}.png", f"{LENGTHS_PLOT}.svg")
     return name in known or name.startswith("columns") or re.fullmatch(r"sequences(-\d{5})?\.parquet", name) is not None
 
 
