@@ -11,7 +11,7 @@ SOURCES_OF_INSTALL := pyproject.toml hatch_build.py packaging/fbgemm-gpu-shim/py
 	$(wildcard hstu_dist/ops/csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install data train results gpu report test test-long test-cluster faults check format clean
+.PHONY: help install data train stream-demo results gpu report test test-long test-cluster faults check format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -32,6 +32,10 @@ data: $(STAMP)  ## fetch MovieLens-1M and write it as sequences, once
 
 train: data  ## train HSTU on MovieLens-1M with NPROC ranks, evaluate, print the result table
 	$(RUN) -m launch experiment=ml1m cluster=local nproc=$(NPROC)
+
+stream-demo: data  ## play MovieLens-1M as a stream of weeks, predict each week before training on it, plot; minutes
+	$(RUN) -m benchmarks.play_stream data/ml1m data/ml1m_weeks
+	$(RUN) -m launch experiment=ml1m_stream cluster=local nproc=$(NPROC)
 
 results: data  ## repeat the published MovieLens-1M table at three seeds with NPROC ranks, hours; render all tables
 	$(RUN) -m benchmarks ml1m --nproc $(NPROC)

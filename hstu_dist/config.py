@@ -22,7 +22,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from hstu_dist.cluster import ClusterConfig
-from hstu_dist.data.config import DataConfig
+from hstu_dist.data.stream.config import FeedConfig, StreamConfig
 from hstu_dist.distributed.config import ITEM, EmbeddingConfig, TableShape
 from hstu_dist.errors import UserError
 from hstu_dist.files import write_atomically
@@ -58,7 +58,7 @@ class RunConfig:
     output: str = "runs"
     seed: int = Field(default=1, ge=0)
     nproc: int = Field(default=2, gt=0)
-    data: DataConfig
+    data: FeedConfig
     model: ModelConfig
     loss: LossConfig
     embedding: EmbeddingConfig
@@ -80,6 +80,7 @@ class RunConfig:
                 f"cluster.min_nodes: got {self.cluster.least_nodes}, expected at most the {self.cluster.nodes} machines"
             )
         self._check_tables()
+        _check_feed(self)
 
     def _check_tables(self) -> None:
         any_shape = TableShape(1, 1)
@@ -110,6 +111,26 @@ class RunConfig:
     def run_dir(self) -> Path:
         """Folder that holds everything this run writes."""
         return Path(self.output) / self.name
+
+
+def _check_feed(config: RunConfig) -> None:
+    """Refuses what only makes sense with passes over a finished data set, or only without."""
+    trainer = config.trainer
+    if not isinstance(config.data, StreamConfig):
+        if trainer.epochs is None:
+            raise ValueError("trainer.epochs: got null, expected a number of passes over the data set")
+        return
+    for key, got, expected in (
+        ("trainer.epochs", trainer.epochs, None),
+        ("trainer.train_on", trainer.train_on, "train"),
+        ("trainer.evaluation.every_epochs", trainer.evaluation.every_epochs, 1),
+        ("trainer.evaluation.patience", trainer.evaluation.patience, None),
+        ("trainer.evaluation.track_test", trainer.evaluation.track_test, False),
+        ("optimizer.schedule.kind", config.optimizer.schedule.kind, "constant"),
+    ):
+        if got != expected:
+            shown = "null" if expected is None else expected
+            raise ValueError(f"{key}: got {got}, expected {shown} on a stream, whose end nobody knows")
 
 
 def conf_dir() -> Path:
@@ -257,6 +278,10 @@ _MAY_CHANGE = (
     "trainer.device",
     "trainer.micro_batches",
     "trainer.batching.balance",
+    "data.poll_seconds",
+    "data.settle_seconds",
+    "data.give_up_seconds",
+    "data.ahead",
 )
 _MAY_CHANGE_GROUPS = (
     "trainer.logging",

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hstu_dist.config import RunConfig
-from hstu_dist.data.config import prepare_command
+from hstu_dist.data.config import DataSetConfig, prepare_command
 from hstu_dist.data.schema import Manifest, load_manifest
+from hstu_dist.data.stream.config import StreamConfig
+from hstu_dist.data.stream.source import check_reachable
 from hstu_dist.distributed.config import ITEM, TableShape, TableSpec
 from hstu_dist.distributed.table_plan import configured_plan, plan_of_settings
 from hstu_dist.errors import UserError
@@ -23,7 +25,7 @@ _LEAST_EVENTS = 4
 """Two to train on, one input and its target, and one each for validation and test."""
 
 
-def preflight(config: RunConfig, world_size: int) -> Manifest:
+def preflight(config: RunConfig, world_size: int) -> Manifest | None:
     """Checks a run on the machine that is going to start it.
 
     Args:
@@ -31,26 +33,41 @@ def preflight(config: RunConfig, world_size: int) -> Manifest:
         world_size: ranks.
 
     Returns:
-        The manifest of its data.
+        The manifest of its data; None for a stream.
 
     Raises:
         UserError: one line that says what does not fit and how to mend it.
     """
-    manifest = load_manifest(Path(config.data.path), prepare_command(config.data))
-    if manifest.max_length < _LEAST_EVENTS:
-        raise UserError(
-            f"data set {config.data.path}: its longest sequence has {manifest.max_length} events, "
-            f"leave-one-out training needs at least {_LEAST_EVENTS}",
-            "prepare a data set with more events per user",
-        )
+    if isinstance(config.data, StreamConfig):
+        check_reachable(config.data.path)
+        manifest, num_items = None, config.data.num_items
+    else:
+        manifest = _prepared(config.data)
+        num_items = manifest.num_items
     config.trainer.parallel.check(world_size)
     config.embedding.check_replicas(world_size)
     check_micro_batches(config, world_size)
-    check_plan(config, manifest.num_items, world_size // config.embedding.replicas)
+    check_plan(config, num_items, world_size // config.embedding.replicas)
     copies = config.trainer.checkpoint.keep + _CHECKPOINTS_AT_ONCE
-    specs = specs_of(config, manifest.num_items)
+    specs = specs_of(config, num_items)
     (table_bytes,) = configured_plan(specs, 1).bytes_per_rank(specs)
     RunFolder(config.run_dir).check(config, needed_bytes=table_bytes * copies + (1 << 20))
+    return manifest
+
+
+def _prepared(data: DataSetConfig) -> Manifest:
+    """The manifest of a data set that leave-one-out training can use.
+
+    Raises:
+        UserError: it is not prepared, or all of its sequences are too short.
+    """
+    manifest = load_manifest(Path(data.path), prepare_command(data))
+    if manifest.max_length < _LEAST_EVENTS:
+        raise UserError(
+            f"data set {data.path}: its longest sequence has {manifest.max_length} events, "
+            f"leave-one-out training needs at least {_LEAST_EVENTS}",
+            "prepare a data set with more events per user",
+        )
     return manifest
 
 

@@ -156,7 +156,7 @@ class RunFolder:
         values: dict[str, Any] = json.loads(self.result_file.read_text())
         return values
 
-    def finished(self, epochs: int) -> dict[str, Any] | None:
+    def finished(self, epochs: float) -> dict[str, Any] | None:
         """What `finish` wrote, if a run of `epochs` epochs has nothing left to train."""
         result = self.result()
         return result if result and (result.get("stopped_early") or result["epochs"] >= epochs) else None

@@ -11,6 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 from pydantic import TypeAdapter
 
+from hstu_dist.commands.prepare import prepare_data
 from hstu_dist.config import (
     HARDWARE,
     RunConfig,
@@ -34,6 +35,10 @@ GROUPS = {
 FREE = sorted(GROUPS.keys() - {"experiment"})
 
 
+NEEDED = {"stream": ["data.path=x", "data.num_items=9", "trainer.epochs=null"]}
+"""What an option leaves open."""
+
+
 def run_config(*overrides: str) -> RunConfig:
     return compose(["experiment=ml1m", *overrides])
 
@@ -52,7 +57,14 @@ def test_every_experiment_composes_alone_and_names_its_run(experiment: str) -> N
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g in FREE for o in GROUPS[g]])
 def test_every_option_composes_with_every_experiment(group: str, option: str) -> None:
     for experiment in GROUPS["experiment"]:
-        assert compose([f"experiment={experiment}", f"{group}={option}"]).name == experiment
+        overrides = [f"experiment={experiment}", f"{group}={option}"]
+        if group == "data" and (option == "stream") != experiment.endswith("_stream"):
+            # a stream has no epochs, and an experiment on a stream sets what prepared data does not have
+            more = ["data.path=x", "data.num_items=9"] if option == "stream" else []
+            with pytest.raises(UserError, match=r"trainer\.epochs|data\.\w+: Unexpected"):
+                compose([*overrides, *more])
+        else:
+            assert compose(overrides).name == experiment
 
 
 def test_choices_that_meet_in_the_model_compose_in_every_combination() -> None:
@@ -62,7 +74,7 @@ def test_choices_that_meet_in_the_model_compose_in_every_combination() -> None:
         assert config.model.max_length == config.data.max_length
 
 
-@pytest.mark.parametrize("option", GROUPS["data"])
+@pytest.mark.parametrize("option", [option for option in GROUPS["data"] if option != "stream"])
 def test_every_data_set_can_be_prepared(option: str) -> None:
     values = compose_dict("prepare", [f"data={option}"])
     assert values["data"]["kind"] == option
@@ -77,10 +89,11 @@ def keys_of(value: Any) -> Any:
 
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g in FREE for o in GROUPS[g]])
 def test_yaml_and_class_have_the_same_keys_and_the_yaml_states_the_defaults(group: str, option: str) -> None:
-    part = getattr(run_config(f"{group}={option}"), group)
+    overrides = [f"{group}={option}", *NEEDED.get(option, [])]
+    part = getattr(run_config(*overrides), group)
     written = OmegaConf.load(conf_dir() / group / f"{option}.yaml")
     assert keys_of(OmegaConf.to_container(written)) == keys_of(part)
-    composed = compose_dict("train", ["experiment=ml1m", f"{group}={option}"])[group]
+    composed = compose_dict("train", ["experiment=ml1m", *overrides])[group]
     # hstu_n50 and the like state other values
     if option.startswith(f"{composed.get('kind')}_"):
         return
@@ -89,6 +102,7 @@ def test_yaml_and_class_have_the_same_keys_and_the_yaml_states_the_defaults(grou
     own = OmegaConf.to_container(OmegaConf.load(conf_dir() / "experiment" / "ml1m.yaml"))
     assert isinstance(own, dict)
     required = {"kind": composed["kind"]} if "kind" in composed else {}
+    required |= {"path": "x", "num_items": 9} if option == "stream" else {}
     default = TypeAdapter(type(part)).validate_python({**required, **differs, **own.get(group, {})})
     assert part == default
 
@@ -167,7 +181,7 @@ def test_several_bad_settings_are_counted() -> None:
 
 @pytest.mark.parametrize("experiment", GROUPS["experiment"])
 def test_settings_survive_a_file(experiment: str, tmp_path: Path) -> None:
-    config = compose([f"experiment={experiment}", "trainer.evaluation.patience=3", "optimizer.betas=[0.5,0.25]"])
+    config = compose([f"experiment={experiment}", "optimizer.clip_norm=3", "optimizer.betas=[0.5,0.25]"])
     save(config, tmp_path / "config.yaml")
     assert load(tmp_path / "config.yaml") == config
     assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
@@ -243,3 +257,9 @@ def test_models_agree_with_the_data_they_are_given() -> None:
     assert config.model.max_length == 64
     with pytest.raises(ValueError, match=r"model.max_length: got 64, expected at least data.max_length \(100\)"):
         replace(config, data=replace(config.data, max_length=100))
+
+
+def test_a_stream_is_not_prepared() -> None:
+    values = compose_dict("prepare", ["data=stream", "data.path=x", "data.num_items=9"])
+    with pytest.raises(UserError, match="a stream is not prepared"):
+        prepare_data(values, lambda line: None)

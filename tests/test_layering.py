@@ -52,6 +52,7 @@ WITHOUT_TORCH = [
     *(f"hstu_dist.{file.parent.name}.config" for file in sorted(PACKAGE.glob("*/config.py"))),
     # of data, only the loader and what it gives know tensors
     *(f"hstu_dist.data.{file.stem}" for file in sorted((PACKAGE / "data").glob("*.py")) if file.stem != "loader"),
+    *(f"hstu_dist.data.stream.{f.stem}" for f in sorted((PACKAGE / "data/stream").glob("*.py")) if f.stem != "loader"),
 ]
 
 

@@ -8,6 +8,7 @@ from hstu_dist.checkpoint.manager import CheckpointManager
 from hstu_dist.commands.session import Session
 from hstu_dist.config import RunConfig
 from hstu_dist.data.split import Split
+from hstu_dist.data.stream.config import StreamConfig
 from hstu_dist.distributed.process_group import claim_machine, claim_precision, process_group
 from hstu_dist.errors import UserError
 from hstu_dist.preflight import preflight
@@ -21,6 +22,11 @@ def evaluate_run(config: RunConfig, split: Split, say: Callable[[str], None]) ->
     Raises:
         UserError: the run has no checkpoint, or was trained on the events that it should rank.
     """
+    if isinstance(config.data, StreamConfig):
+        raise UserError(
+            f"run {config.run_dir}: trains on a stream, which has no {split} split",
+            "its figures of every window are in metrics.jsonl and result.json of the run folder",
+        )
     if split is Split.VALIDATION and not config.trainer.validates:
         raise UserError(f"run {config.run_dir}: was trained on the validation events", "evaluate it with --split test")
     with process_group(config.trainer.device, config.trainer.timeout_seconds) as world:

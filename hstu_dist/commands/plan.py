@@ -15,6 +15,7 @@ from rich.table import Table
 from hstu_dist.config import HARDWARE, RunConfig, compose, compose_dict, hardware_names
 from hstu_dist.data.config import prepare_command
 from hstu_dist.data.schema import load_manifest
+from hstu_dist.data.stream.config import StreamConfig
 from hstu_dist.errors import UserError
 from hstu_dist.files import write_atomically
 from hstu_dist.plan.config import HardwareConfig
@@ -82,7 +83,10 @@ def job_of(config: RunConfig) -> Job:
     """
     items, length = config.plan.num_items, config.plan.mean_length or config.data.max_length
     if items is None:
-        items = load_manifest(Path(config.data.path), prepare_command(config.data)).num_items
+        if isinstance(config.data, StreamConfig):
+            items = config.data.num_items
+        else:
+            items = load_manifest(Path(config.data.path), prepare_command(config.data)).num_items
     if length > config.data.max_length:
         raise UserError(
             f"plan.mean_length: got {length}, expected at most data.max_length ({config.data.max_length})",

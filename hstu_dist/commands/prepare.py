@@ -14,6 +14,7 @@ from hstu_dist.data.config import DataConfig, DataSetConfig, PreparationConfig
 from hstu_dist.data.prepare import prepare
 from hstu_dist.data.schema import LENGTHS_PLOT, Manifest
 from hstu_dist.data.vocabulary import Vocabulary
+from hstu_dist.errors import UserError
 from hstu_dist.validation import STRICT, as_user_error
 
 _log = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ def prepare_data(values: Mapping[str, Any], say: Callable[[str], None]) -> None:
     Raises:
         UserError: a setting, the source or the target folder cannot be used.
     """
+    if isinstance(values.get("data"), Mapping) and values["data"].get("kind") == "stream":
+        raise UserError("data=stream: a stream is not prepared", "train on it at once: its files are read as they come")
     try:
         config = TypeAdapter(PrepareConfig).validate_python(values)
     except ValidationError as error:

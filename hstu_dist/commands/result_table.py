@@ -42,6 +42,8 @@ def result_table(config: RunConfig, result: dict[str, Any]) -> str:
 
 
 def _title(config: RunConfig, result: dict[str, Any]) -> str:
+    if result.get("protocol") == "prequential":
+        return f"{config.name}: all events of {result['epochs']} windows, each predicted before it was trained on"
     if "best_epoch" in result:
         return f"{config.name}: test at the best validation epoch ({result['best_epoch']} of {result['epochs']})"
     return f"{config.name}: test after {result['epochs']} epochs on the training and validation events"

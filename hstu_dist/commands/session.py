@@ -13,6 +13,7 @@ from hstu_dist.data.config import BatchingConfig, LoaderConfig
 from hstu_dist.data.dataset import SequenceDataset
 from hstu_dist.data.loader import BatchLoader, Shard, popularity
 from hstu_dist.data.split import Split
+from hstu_dist.data.stream.config import StreamConfig
 from hstu_dist.distributed.parallel import DenseSettings
 from hstu_dist.distributed.planner import build_tables
 from hstu_dist.distributed.process_group import World
@@ -25,13 +26,12 @@ from hstu_dist.train.optimizer import Optimizers
 
 
 @dataclass(frozen=True)
-class Session:
-    """What training and evaluation share.
+class ModelSession:
+    """The model of a run, whatever it trains on.
 
     Attributes:
         config: the run.
         world: this rank among the others.
-        dataset: what it trains on.
         recommender: the model.
         optimizers: of its tower and table.
         average: of its weights; None: none is configured.
@@ -39,65 +39,23 @@ class Session:
 
     config: RunConfig
     world: World
-    dataset: SequenceDataset
     recommender: Recommender
     optimizers: Optimizers
-    average: WeightAverage | None = None
-
-    @classmethod
-    def build(cls, config: RunConfig, world: World) -> Session:
-        """Opens the data and builds the model, the same at any world size for a seed."""
-        dataset = SequenceDataset.open(config.data.path)
-        shapes = table_shapes(config, dataset.num_items)
-        tables = build_tables(config.embedding, shapes, world.device, config.seed, memory_limit(config))
-        dense = DenseSettings(parallel=config.trainer.parallel, precision=config.trainer.precision)
-        recommender = Recommender(tables, config.model, world.device, config.seed, dense)
-        optimizers = Optimizers(recommender.tower, recommender.tables.optimizer, config.optimizer)
-        decay = config.optimizer.average_decay
-        average = None if decay is None else WeightAverage(_weights(recommender), decay)
-        return cls(config, world, dataset, recommender, optimizers, average)
+    average: WeightAverage | None
 
     @property
-    def training_split(self) -> Split:
-        """The events that this run trains on."""
-        return Split(self.config.trainer.train_on)
-
-    def loader(self, split: Split) -> BatchLoader:
-        """This rank's batches of a split: shuffled for training, in order for evaluation."""
-        training = split in (Split.TRAIN, Split.TRAIN_VALIDATION)
-        trainer = self.config.trainer
-        settings = LoaderConfig(
-            split=split,
-            global_batch_size=trainer.global_batch_size if training else trainer.evaluation.batch_size,
-            max_length=self.config.data.max_length,
-            window=self.config.data.window if training else "recent",
-            seed=self.config.seed,
-            shuffle=training,
-            batching=trainer.batching if training else BatchingConfig(),
-            cost=sequence_cost(self.training_flops),
-            stochastic_length=self.config.data.stochastic_length if training else None,
-            emission=trainer.emission if training else None,
-        )
-        return BatchLoader(self.dataset, settings, Shard(rank=self.world.rank, world_size=self.world.size))
+    def shard(self) -> Shard:
+        """This rank's share of every global batch."""
+        return Shard(rank=self.world.rank, world_size=self.world.size)
 
     def training_flops(self, work: Workload) -> int:
         """FLOPs that training on a batch needs: forward and backward of the tower and the loss."""
-        scores_per_token = self.config.loss.scores_per_token(self.dataset.num_items)
+        scores_per_token = self.config.loss.scores_per_token(self.recommender.num_items)
         return count_flops(self.config.model, work, scores_per_token).training
-
-    def evaluate(self, split: Split) -> dict[str, float]:
-        """Metrics of the current weights on a split, or of their average where there is one."""
-        with self.averaged():
-            return evaluate(self.recommender, self.loader(split).epoch(0), self.config.trainer.evaluation.cutoffs)
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the model's weights are those to be used: their average where there is one."""
         return nullcontext() if self.average is None else self.average.applied()
-
-    def evaluate_popularity(self, split: Split) -> dict[str, float]:
-        """Metrics of the popularity baseline on a split."""
-        counts = popularity(self.dataset, self.training_split).to(self.world.device)
-        return evaluate_popularity(counts, self.loader(split).epoch(0), self.config.trainer.evaluation.cutoffs)
 
     def average_replicas(self) -> None:
         """Makes all sets of tables, their state and their averages alike, where groups of ranks hold one each."""
@@ -117,6 +75,71 @@ class Session:
         table_state = self.recommender.tables.optimizer.state_tensors()
         flat |= {f"table_optimizer.{name}": value for name, value in table_state.items()}
         return flat
+
+
+@dataclass(frozen=True)
+class Session(ModelSession):
+    """What training and evaluation on a prepared data set share.
+
+    Attributes:
+        dataset: what it trains on.
+    """
+
+    dataset: SequenceDataset
+
+    @classmethod
+    def build(cls, config: RunConfig, world: World) -> Session:
+        """Opens the data and builds the model, the same at any world size for a seed."""
+        assert not isinstance(config.data, StreamConfig)
+        dataset = SequenceDataset.open(config.data.path)
+        return cls(**vars(build_model(config, world, dataset.num_items)), dataset=dataset)
+
+    @property
+    def training_split(self) -> Split:
+        """The events that this run trains on."""
+        return Split(self.config.trainer.train_on)
+
+    def loader(self, split: Split) -> BatchLoader:
+        """This rank's batches of a split: shuffled for training, in order for evaluation."""
+        training = split in (Split.TRAIN, Split.TRAIN_VALIDATION)
+        trainer, data = self.config.trainer, self.config.data
+        assert not isinstance(data, StreamConfig)
+        settings = LoaderConfig(
+            split=split,
+            global_batch_size=trainer.global_batch_size if training else trainer.evaluation.batch_size,
+            max_length=data.max_length,
+            window=data.window if training else "recent",
+            seed=self.config.seed,
+            shuffle=training,
+            batching=trainer.batching if training else BatchingConfig(),
+            cost=sequence_cost(self.training_flops),
+            stochastic_length=data.stochastic_length if training else None,
+            emission=trainer.emission if training else None,
+        )
+        return BatchLoader(self.dataset, settings, self.shard)
+
+    def evaluate(self, split: Split) -> dict[str, float]:
+        """Metrics of the current weights on a split, or of their average where there is one."""
+        with self.averaged():
+            return evaluate(self.recommender, self.loader(split).epoch(0), self.config.trainer.evaluation.cutoffs)
+
+    def evaluate_popularity(self, split: Split) -> dict[str, float]:
+        """Metrics of the popularity baseline on a split."""
+        counts = popularity(self.dataset, self.training_split).to(self.world.device)
+        return evaluate_popularity(counts, self.loader(split).epoch(0), self.config.trainer.evaluation.cutoffs)
+
+
+def build_model(config: RunConfig, world: World, num_items: int) -> ModelSession:
+    """The model with a table of `num_items` rows, the same at any world size for a seed."""
+    tables = build_tables(
+        config.embedding, table_shapes(config, num_items), world.device, config.seed, memory_limit(config)
+    )
+    dense = DenseSettings(parallel=config.trainer.parallel, precision=config.trainer.precision)
+    recommender = Recommender(tables, config.model, world.device, config.seed, dense)
+    optimizers = Optimizers(recommender.tower, recommender.tables.optimizer, config.optimizer)
+    decay = config.optimizer.average_decay
+    average = None if decay is None else WeightAverage(_weights(recommender), decay)
+    return ModelSession(config, world, recommender, optimizers, average)
 
 
 def _weights(recommender: Recommender) -> dict[str, Any]:

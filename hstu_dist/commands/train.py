@@ -3,47 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import signal
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 
 from hstu_dist.checkpoint.manager import CheckpointManager
 from hstu_dist.commands.embedding_table import embedding_table
+from hstu_dist.commands.fitting import Run
 from hstu_dist.commands.memory import explained_memory
 from hstu_dist.commands.rank_log import rank_log
 from hstu_dist.commands.result_table import finished_report, result_table
 from hstu_dist.commands.session import Session
-from hstu_dist.config import RunConfig, to_dict
+from hstu_dist.commands.stream import train_stream
+from hstu_dist.config import RunConfig
 from hstu_dist.data.split import Split
+from hstu_dist.data.stream.config import StreamConfig
 from hstu_dist.distributed.agreement import check_machines_agree
 from hstu_dist.distributed.process_group import World, claim_machine, claim_precision, process_group
 from hstu_dist.distributed.table_plan import PLAN_FILE
 from hstu_dist.errors import ExitCode, UserError
 from hstu_dist.preflight import preflight
 from hstu_dist.run_folder import RunFolder
-from hstu_dist.train.guard import GuardHook
-from hstu_dist.train.hooks import (
-    AverageHook,
-    AverageReplicasHook,
-    CheckpointHook,
-    EvaluateHook,
-    LogHook,
-    TrackTestHook,
-)
+from hstu_dist.train.hooks import EvaluateHook, TrackTestHook
 from hstu_dist.train.metrics_log import MetricsLog
-from hstu_dist.train.profile import ProfileHook
-from hstu_dist.train.ranks import HeartbeatHook, StragglerHook
-from hstu_dist.train.sequence_log import SequenceLog, Step
 from hstu_dist.train.state import TrainState
-from hstu_dist.train.step import TrainStep
-from hstu_dist.train.throughput import job_peak_flops, training_averages
-from hstu_dist.train.trainer import Hook, Trainer
-
-logger = logging.getLogger(__name__)
+from hstu_dist.train.throughput import training_averages
+from hstu_dist.train.trainer import Hook
 
 
 def train(config: RunConfig, say: Callable[[str], None]) -> ExitCode:
@@ -71,7 +58,8 @@ def train(config: RunConfig, say: Callable[[str], None]) -> ExitCode:
         claim_machine(config.trainer.threads, world)
         claim_precision(config.trainer.precision, world.device)
         with _locked(folder, world), rank_log(folder.logs / "ranks", world), explained_memory(world):
-            return _run(config, world, folder, say)
+            run = train_stream if isinstance(config.data, StreamConfig) else _run
+            return run(config, world, folder, say)
 
 
 @contextlib.contextmanager
@@ -92,47 +80,19 @@ def _locked(folder: RunFolder, world: World) -> Iterator[None]:
 
 def _run(config: RunConfig, world: World, folder: RunFolder, say: Callable[[str], None]) -> ExitCode:
     session = Session.build(config, world)
-    settings = config.trainer.checkpoint
-    checkpoints = CheckpointManager(folder.checkpoints, settings.keep, settings.asynchronous)
-    state = restore(session, checkpoints)
+    run = Run.restored(session, folder)
     if world.is_main:
-        _announce(session, state, say)
+        _announce(session, run.state, say)
         folder.describe(config)
         session.recommender.tables.plan.save(folder.path / PLAN_FILE)
-    finished = _fit(session, checkpoints, state, folder)
-    if world.is_main and config.trainer.profile.first_step is not None:
-        _draw_profile(folder)
-    if not finished:
-        if world.is_main:
-            by = f" by {folder.stop_file}" if folder.stop_file.exists() else ""
-            say(f"stopped at step {state.step}{by}; the same command continues")
-        return ExitCode.FINISHED if folder.stop_file.exists() else ExitCode.STOPPED
-    result = _test(session, checkpoints, state)
+    trainer = run.fit(session.loader(session.training_split), partial(_evaluation_hooks, session))
+    if trainer.interrupted:
+        return run.stopped(say)
+    result = _test(session, run.checkpoints, run.state)
     if world.is_main:
         folder.finish(result)
         say(result_table(config, result))
     return ExitCode.FINISHED
-
-
-def restore(session: Session, checkpoints: CheckpointManager) -> TrainState:
-    """State of the newest whole checkpoint, its tensors loaded; a fresh state where there is none."""
-    state = TrainState()
-    values = checkpoints.load_newest(session.tensors())
-    if values is not None:
-        state.load_state_dict(values)
-    state.tables = {name: spec.describe() for name, spec in session.recommender.tables.specs.items()}
-    return state
-
-
-def _draw_profile(folder: RunFolder) -> None:
-    """A picture of the traced steps beside their trace; a run that trained all the same does not fail for it."""
-    try:
-        # matplotlib is not among what training needs
-        from hstu_dist.report.flame import write_flame
-
-        logger.info("picture of a step written to %s", write_flame(folder.path)[1])
-    except (ImportError, UserError) as error:
-        logger.warning("no picture of a step: %s", error)
 
 
 def _announce(session: Session, state: TrainState, say: Callable[[str], None]) -> None:
@@ -145,53 +105,6 @@ def _announce(session: Session, state: TrainState, say: Callable[[str], None]) -
     say(embedding_table(tables.specs, tables.plan))
     if state.step:
         say(f"continuing at epoch {state.epoch}, step {state.step}")
-
-
-def _fit(session: Session, checkpoints: CheckpointManager, state: TrainState, folder: RunFolder) -> bool:
-    """Trains to the end; False if somebody asked to stop."""
-    config, world = session.config, session.world
-    step: Step = TrainStep(
-        session.recommender, config.loss, session.optimizers, world, config.seed, config.trainer.micro_batches
-    )
-    with contextlib.ExitStack() as stack:
-        if config.trainer.logging.sequences:
-            step = stack.enter_context(contextlib.closing(SequenceLog(step, folder.sequences, world, state.step)))
-        # one rank looks for the file; the ranks agree before each step
-        stop_requested = stack.enter_context(stop_requests(folder.stop_file if world.is_main else None))
-        stack.callback(checkpoints.close)
-        log = None
-        checkpoint = CheckpointHook(config.trainer.checkpoint, checkpoints, session.saved_tensors)
-        if world.is_main:
-            log = stack.enter_context(MetricsLog(folder.path, config.trainer.logging, to_dict(config), state.step))
-        trainer = Trainer(
-            step=step,
-            loader=session.loader(session.training_split),
-            state=state,
-            epochs=config.trainer.epochs,
-            stop_epoch=config.trainer.stop_epoch,
-            world=world,
-            peak_flops=job_peak_flops(config.trainer.peak_flops, config.trainer.precision, world),
-            hooks=[
-                HeartbeatHook(),
-                GuardHook(config.trainer.guard, folder.replay, checkpoint.on_stop),
-                LogHook(config.trainer.logging, log, session.training_flops),
-                *([] if session.average is None else [AverageHook(session.average)]),
-                *_replica_hooks(session),
-                StragglerHook(config.trainer.logging.every_steps, config.trainer.guard.slow_ratio, log),
-                ProfileHook(config.trainer.profile, folder.path),
-                *_evaluation_hooks(session, log),
-                checkpoint,
-            ],
-            stop_requested=stop_requested,
-        )
-        trainer.fit()
-    return not trainer.interrupted
-
-
-def _replica_hooks(session: Session) -> Iterator[Hook]:
-    settings = session.config.embedding
-    if settings.replicas > 1:
-        yield AverageReplicasHook(settings.sync_steps, session.average_replicas)
 
 
 def _evaluation_hooks(session: Session, log: MetricsLog | None) -> Iterator[Hook]:
@@ -225,19 +138,3 @@ def _test(session: Session, checkpoints: CheckpointManager, state: TrainState) -
     if state.best_test:
         result["reference_protocol"] = {"best_epoch": state.best_test_epoch, "test": state.best_test}
     return result
-
-
-@contextlib.contextmanager
-def stop_requests(file: Path | None) -> Iterator[Callable[[], bool]]:
-    """Turns SIGTERM, SIGINT and the appearance of a file into a question that the loop asks before each step."""
-    received: list[int] = []
-
-    def remember(number: int, _frame: Any) -> None:
-        received.append(number)
-
-    previous = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: bool(received) or (file is not None and file.exists())
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

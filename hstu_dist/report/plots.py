@@ -6,6 +6,7 @@ import io
 import re
 import zlib
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 
 import matplotlib as mpl
@@ -103,6 +104,43 @@ def save_curves(curves: Curves, title: str, stem: Path) -> tuple[Path, Path]:
         panel.set_xlabel("epoch", fontsize=8)
         panel.tick_params(labelsize=8)
     panels[0].legend(fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    return save_figure(figure, stem)
+
+
+def save_prequential(
+    times: Sequence[str],
+    lines: Mapping[str, Mapping[str, Sequence[float]]],
+    events: Sequence[float],
+    title: str,
+    stem: Path,
+) -> tuple[Path, Path]:
+    """A metric over the windows of a stream, one line a contender, and below it the events of each window.
+
+    Args:
+        times: [W] ISO times at which the windows begin.
+        lines: the metric → contender → [W] values.
+        events: [W].
+        title: of the figure.
+        stem: where, without suffix.
+
+    Returns:
+        Paths of PNG and SVG.
+    """
+    starts = [datetime.fromisoformat(time) for time in times]
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
+    for metric, contenders in lines.items():
+        for name, values in contenders.items():
+            upper.plot(starts, values, label=name, linewidth=1, marker=".", markersize=3)
+        upper.set_ylabel(metric)
+    upper.set_ylim(bottom=0)
+    upper.legend(fontsize=8)
+    lower.step(starts, events, where="post", color="black", linewidth=1)
+    lower.set_yscale("log")
+    lower.set_ylabel("events")
+    for panel in (upper, lower):
+        panel.tick_params(labelsize=8)
     figure.suptitle(title, fontsize=9)
     return save_figure(figure, stem)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field
@@ -168,8 +169,8 @@ class TrainerConfig:
     """The loop.
 
     Attributes:
-        epochs: passes over the data that the learning-rate schedule spans.
-        stop_epoch: end after that epoch of the schedule; null: at its end.
+        epochs: passes over the data that the learning-rate schedule spans; null for a stream.
+        stop_epoch: end after that epoch of the schedule, or after that many windows of a stream; null: at the end.
         train_on: train leaves out the validation and test events; train_validation leaves out the test events only, for
             a final refit of a number of epochs that was chosen before: there is no validation, and the test split is
             read once, after the last epoch.
@@ -189,7 +190,7 @@ class TrainerConfig:
         timeout_seconds: how long a rank waits for the others before it fails.
     """
 
-    epochs: int = Field(default=101, gt=0)
+    epochs: int | None = Field(default=101, gt=0)
     stop_epoch: int | None = Field(default=None, gt=0)
     train_on: Literal["train", "train_validation"] = "train"
     global_batch_size: int = Field(default=128, gt=0)
@@ -211,13 +212,13 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         if self.precision == "tf32" and self.device == "cpu":
             raise ValueError("precision: got tf32, expected float32 or bfloat16: CPUs have no TF32")
-        if self.stop_epoch is not None and self.stop_epoch > self.epochs:
+        if self.stop_epoch is not None and self.epochs is not None and self.stop_epoch > self.epochs:
             raise ValueError(f"stop_epoch: got {self.stop_epoch}, expected at most epochs ({self.epochs})")
 
     @property
-    def last_epoch(self) -> int:
+    def last_epoch(self) -> float:
         """Epochs after which the run ends, unless it stops early."""
-        return self.stop_epoch or self.epochs
+        return self.stop_epoch or self.epochs or math.inf
 
     @property
     def validates(self) -> bool:

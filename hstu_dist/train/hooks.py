@@ -54,7 +54,7 @@ class LogHook(Hook):
         if trainer.world.is_main and self.config.progress:
             state = trainer.state
             self._bar = tqdm(
-                total=trainer.last_epoch * len(trainer.loader),
+                total=_steps_to_come(trainer),
                 initial=state.step,
                 unit="step",
                 dynamic_ncols=True,
@@ -102,6 +102,13 @@ class LogHook(Hook):
             self._bar.set_postfix(shown)
         self._loss_sum, self._work, self._steps = 0.0, Workload(), 0
         self._seconds_before = trainer.state.train_seconds
+
+
+def _steps_to_come(trainer: Trainer) -> int | None:
+    """Steps at which the loop ends, if that is known."""
+    if trainer.total_steps is None or trainer.epochs is None:
+        return None
+    return trainer.total_steps // trainer.epochs * int(trainer.last_epoch)
 
 
 def _imbalance(trainer: Trainer) -> dict[str, float]:

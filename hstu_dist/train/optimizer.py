@@ -12,13 +12,13 @@ from hstu_dist.distributed.table_optimizer import TableOptimizer
 from hstu_dist.train.config import OptimizerConfig, ScheduleConfig
 
 
-def schedule_factor(config: ScheduleConfig, step: int, total_steps: int) -> float:
+def schedule_factor(config: ScheduleConfig, step: int, total_steps: int | None) -> float:
     """Learning-rate factor of optimizer step `step`, counted from 0.
 
     Args:
         config: shape.
         step: steps already taken.
-        total_steps: steps of the whole run.
+        total_steps: steps of the whole run; None: unknown, which a constant schedule does not mind.
 
     Returns:
         A factor in [0, 1].
@@ -27,6 +27,7 @@ def schedule_factor(config: ScheduleConfig, step: int, total_steps: int) -> floa
         return (step + 1) / config.warmup_steps
     if config.kind == "constant":
         return 1.0
+    assert total_steps is not None
     # the last step of the run has progress 1
     progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - 1 - config.warmup_steps))
     remaining = 0.5 * (1 + math.cos(math.pi * progress)) if config.kind == "cosine" else 1 - progress
@@ -48,7 +49,7 @@ class Optimizers:
         )
         self.table = table
 
-    def prepare(self, step: int, total_steps: int) -> float:
+    def prepare(self, step: int, total_steps: int | None) -> float:
         """Sets the learning rates of a step, before its backward; returns the factor."""
         factor = schedule_factor(self.config.schedule, step, total_steps)
         for group in self.dense.param_groups:

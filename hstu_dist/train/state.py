@@ -28,7 +28,7 @@ class TrainState:
         best_test: all test metrics there.
         tables: by name: rows, width and dtype, kind and settings of the optimizer; for whoever reads a checkpoint.
         train_seconds: on rank 0, over all sessions of the run and without evaluation.
-        evaluation_seconds: of validation and whatever else ranks during training.
+        evaluation_seconds: of validation and whatever else ranks or waits during training.
         available_flops: what the devices of all ranks could have done in `train_seconds`; None once their peak was
             unknown.
     """

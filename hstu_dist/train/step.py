@@ -101,13 +101,13 @@ class TrainStep:
         self.world = world
         self.seed = seed
 
-    def __call__(self, batch: JaggedBatch, work: Workload, position: tuple[int, int]) -> StepResult:
+    def __call__(self, batch: JaggedBatch, work: Workload, position: tuple[int, int | None]) -> StepResult:
         """Updates the model on one global batch, unless a loss or gradient of any rank is not finite, twice.
 
         Args:
             batch: this rank's share; may be empty.
             work: positions, attention pairs and context of all shares together.
-            position: (steps taken, steps of the whole run).
+            position: (steps taken, steps of the whole run, None if nobody knows).
         """
         step, total_steps = position
         factor = self.optimizers.prepare(step, total_steps)

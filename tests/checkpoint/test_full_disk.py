@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hstu_dist.checkpoint.manager import CheckpointManager
-from hstu_dist.commands.train import restore
+from hstu_dist.commands.fitting import restore
 from hstu_dist.distributed.process_group import process_group
 from hstu_dist.train.config import CheckpointConfig
 from hstu_dist.train.hooks import CheckpointHook

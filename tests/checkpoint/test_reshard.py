@@ -16,7 +16,7 @@ from hstu_dist.checkpoint import offline
 from hstu_dist.checkpoint.manager import CheckpointManager
 from hstu_dist.checkpoint.manifest import Manifest, read_manifest
 from hstu_dist.checkpoint.offline import read_whole
-from hstu_dist.commands.train import restore
+from hstu_dist.commands.fitting import restore
 from hstu_dist.config import save
 from hstu_dist.distributed.process_group import process_group
 from hstu_dist.errors import ExitCode

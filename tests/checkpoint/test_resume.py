@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from hstu_dist.checkpoint.manager import CheckpointManager
+from hstu_dist.commands.fitting import restore
 from hstu_dist.commands.session import Session
-from hstu_dist.commands.train import restore
 from hstu_dist.distributed.process_group import World, process_group
 from hstu_dist.errors import UserError
 from hstu_dist.train.config import CheckpointConfig

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hstu_dist.checkpoint.manager import CheckpointManager
+from hstu_dist.commands.fitting import restore
 from hstu_dist.commands.session import Session
-from hstu_dist.commands.train import restore
 from hstu_dist.data.split import Split
 from hstu_dist.distributed.config import ParallelConfig
 from hstu_dist.distributed.process_group import process_group

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from hstu_dist.checkpoint.manager import CheckpointManager
-from hstu_dist.commands.train import stop_requests
+from hstu_dist.commands.fitting import stop_requests
 from hstu_dist.models.flops import Workload
 from hstu_dist.train.config import CheckpointConfig, EvaluationConfig, LoggingConfig, ProfileConfig
 from hstu_dist.train.hooks import CheckpointHook, EvaluateHook, LogHook, TrackTestHook

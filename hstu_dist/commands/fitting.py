@@ -1,0 +1,170 @@
+"""The middle of `train`, the same for prepared data and streams: from a checkpoint to the end of the loop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hstu_dist.checkpoint.manager import CheckpointManager
+from hstu_dist.commands.session import ModelSession
+from hstu_dist.config import to_dict
+from hstu_dist.errors import ExitCode, UserError
+from hstu_dist.run_folder import RunFolder
+from hstu_dist.train.guard import GuardHook
+from hstu_dist.train.hooks import AverageHook, AverageReplicasHook, CheckpointHook, LogHook
+from hstu_dist.train.metrics_log import MetricsLog
+from hstu_dist.train.profile import ProfileHook
+from hstu_dist.train.ranks import HeartbeatHook, StragglerHook
+from hstu_dist.train.sequence_log import SequenceLog, Step
+from hstu_dist.train.state import TrainState
+from hstu_dist.train.step import TrainStep
+from hstu_dist.train.throughput import job_peak_flops
+from hstu_dist.train.trainer import Hook, Loader, Trainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model and where its training is.
+
+    Attributes:
+        session: the model.
+        folder: of the run.
+        checkpoints: in that folder.
+        state: of the newest whole checkpoint, which the model has been loaded from, or of a run that begins.
+    """
+
+    session: ModelSession
+    folder: RunFolder
+    checkpoints: CheckpointManager
+    state: TrainState
+
+    @classmethod
+    def restored(cls, session: ModelSession, folder: RunFolder) -> Run:
+        """Goes on where the folder's newest whole checkpoint is."""
+        settings = session.config.trainer.checkpoint
+        checkpoints = CheckpointManager(folder.checkpoints, settings.keep, settings.asynchronous)
+        return cls(session, folder, checkpoints, restore(session, checkpoints))
+
+    def fit(
+        self, loader: Loader, evaluation: Callable[[MetricsLog | None], Iterable[Hook]], last: Sequence[Hook] = ()
+    ) -> Trainer:
+        """Trains to the end of the data or until somebody asks to stop.
+
+        Args:
+            loader: this rank's batches.
+            evaluation: hooks that come before the one that saves; they write to the log, if this rank has one.
+            last: hooks that come after it.
+
+        Returns:
+            The trainer, which knows how it ended.
+        """
+        session, config, world = self.session, self.session.config, self.session.world
+        with contextlib.ExitStack() as stack:
+            # one rank looks for the file; the ranks agree before each step
+            stop_requested = stack.enter_context(stop_requests(self.folder.stop_file if world.is_main else None))
+            stack.callback(self.checkpoints.close)
+            log = None
+            checkpoint = CheckpointHook(config.trainer.checkpoint, self.checkpoints, session.saved_tensors)
+            if world.is_main:
+                path, resume_step = self.folder.path, self.state.step
+                log = stack.enter_context(MetricsLog(path, config.trainer.logging, to_dict(config), resume_step))
+            trainer = Trainer(
+                step=self._step(stack),
+                loader=loader,
+                state=self.state,
+                epochs=config.trainer.epochs,
+                stop_epoch=config.trainer.stop_epoch,
+                world=world,
+                peak_flops=job_peak_flops(config.trainer.peak_flops, config.trainer.precision, world),
+                hooks=[
+                    HeartbeatHook(),
+                    GuardHook(config.trainer.guard, self.folder.replay, checkpoint.on_stop),
+                    LogHook(config.trainer.logging, log, session.training_flops),
+                    *([] if session.average is None else [AverageHook(session.average)]),
+                    *_replica_hooks(session),
+                    StragglerHook(config.trainer.logging.every_steps, config.trainer.guard.slow_ratio, log),
+                    ProfileHook(config.trainer.profile, self.folder.path),
+                    *evaluation(log),
+                    checkpoint,
+                    *last,
+                ],
+                stop_requested=stop_requested,
+            )
+            trainer.fit()
+        if world.is_main and config.trainer.profile.first_step is not None:
+            _draw_profile(self.folder)
+        return trainer
+
+    def _step(self, stack: contextlib.ExitStack) -> Step:
+        """What trains on a batch, until `stack` is left."""
+        session, config = self.session, self.session.config
+        step: Step = TrainStep(
+            session.recommender,
+            config.loss,
+            session.optimizers,
+            session.world,
+            config.seed,
+            config.trainer.micro_batches,
+        )
+        if config.trainer.logging.sequences:
+            log = SequenceLog(step, self.folder.sequences, session.world, self.state.step)
+            step = stack.enter_context(contextlib.closing(log))
+        return step
+
+    def stopped(self, say: Callable[[str], None]) -> ExitCode:
+        """Says on rank 0 that the run was asked to stop, and how its process ends."""
+        by_file = self.folder.stop_file.exists()
+        if self.session.world.is_main:
+            by = f" by {self.folder.stop_file}" if by_file else ""
+            say(f"stopped at step {self.state.step}{by}; the same command continues")
+        return ExitCode.FINISHED if by_file else ExitCode.STOPPED
+
+
+def restore(session: ModelSession, checkpoints: CheckpointManager) -> TrainState:
+    """State of the newest whole checkpoint, its tensors loaded; a fresh state where there is none."""
+    state = TrainState()
+    values = checkpoints.load_newest(session.tensors())
+    if values is not None:
+        state.load_state_dict(values)
+    state.tables = {name: spec.describe() for name, spec in session.recommender.tables.specs.items()}
+    return state
+
+
+def _replica_hooks(session: ModelSession) -> Iterator[Hook]:
+    settings = session.config.embedding
+    if settings.replicas > 1:
+        yield AverageReplicasHook(settings.sync_steps, session.average_replicas)
+
+
+def _draw_profile(folder: RunFolder) -> None:
+    """A picture of the traced steps beside their trace; a run that trained all the same does not fail for it."""
+    try:
+        # matplotlib is not among what training needs
+        from hstu_dist.report.flame import write_flame
+
+        logger.info("picture of a step written to %s", write_flame(folder.path)[1])
+    except (ImportError, UserError) as error:
+        logger.warning("no picture of a step: %s", error)
+
+
+@contextlib.contextmanager
+def stop_requests(file: Path | None) -> Iterator[Callable[[], bool]]:
+    """Turns SIGTERM, SIGINT and the appearance of a file into a question that the loop asks before each step."""
+    received: list[int] = []
+
+    def remember(number: int, _frame: Any) -> None:
+        received.append(number)
+
+    previous = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(received) or (file is not None and file.exists())
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
