@@ -14,6 +14,8 @@ import psutil
 from hstu_dist.config import RunConfig
 from hstu_dist.data.config import prepare_command
 from hstu_dist.data.schema import load_manifest
+from hstu_dist.data.stream.config import StreamConfig
+from hstu_dist.data.stream.source import check_reachable
 from hstu_dist.doctor.finding import Finding, ok, warn
 from hstu_dist.errors import UserError
 from hstu_dist.machine import cores_per_rank
@@ -72,6 +74,9 @@ def _interfaces() -> Finding:
 
 def _data(config: RunConfig) -> Finding:
     try:
+        if isinstance(config.data, StreamConfig):
+            check_reachable(config.data.path)
+            return ok("data folder", f"{config.data.path}: a stream, which can be reached")
         manifest = load_manifest(Path(config.data.path), prepare_command(config.data))
     except UserError as error:
         return warn("data folder", error.problem, error.remedy)

@@ -15,7 +15,7 @@ from hstu_dist.files import write_atomically
 from hstu_dist.models.flops import Workload
 from hstu_dist.train.step import StepResult
 
-Step = Callable[[JaggedBatch, Workload, tuple[int, int]], StepResult]
+Step = Callable[[JaggedBatch, Workload, tuple[int, int | None]], StepResult]
 
 
 class SequenceLog:
@@ -37,7 +37,7 @@ class SequenceLog:
                 kept = [line for line in _lines(path) if line["step"] < resume_step]
                 write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
-    def __call__(self, batch: JaggedBatch, work: Workload, position: tuple[int, int]) -> StepResult:
+    def __call__(self, batch: JaggedBatch, work: Workload, position: tuple[int, int | None]) -> StepResult:
         """The step."""
         result = self._step(batch, work, position)
         if self._file is None:
