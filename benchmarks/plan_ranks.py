@@ -22,6 +22,7 @@ from hstu_dist.models.tower import Tower
 from hstu_dist.plan.job import Job
 from hstu_dist.train.config import OptimizerConfig
 from hstu_dist.train.optimizer import Optimizers
+from hstu_dist.train.retrieval import RetrievalObjective
 from hstu_dist.train.step import TrainStep
 
 _LENGTH = 8
@@ -61,8 +62,8 @@ def held(kind: str, num_items: int) -> Held:
         # code, thread pools and communication buffers come with the first step
         _step(job_of(kind, 1000, world.size), world)
         before = _process_bytes()
-        step = _step(job_of(kind, num_items, world.size), world)
-        return Held(tensors=_tensor_bytes(step), process=_process_bytes() - before)
+        recommender, optimizers = _step(job_of(kind, num_items, world.size), world)
+        return Held(tensors=_tensor_bytes(recommender, optimizers), process=_process_bytes() - before)
 
 
 def saved_bytes(model: HSTUConfig | TransformerConfig, sequences: int) -> int:
@@ -92,13 +93,13 @@ def saved_bytes(model: HSTUConfig | TransformerConfig, sequences: int) -> int:
     return sum(x.untyped_storage().nbytes() for x in found.values())
 
 
-def _step(job: Job, world: World) -> TrainStep:
+def _step(job: Job, world: World) -> tuple[Recommender, Optimizers]:
     recommender = Recommender(job.num_items, job.model, job.embedding, world.device, 1)
     optimizers = Optimizers(recommender.tower, recommender.table.optimizer, OptimizerConfig())
-    step = TrainStep(recommender, job.loss, optimizers, world, 1)
+    step = TrainStep(RetrievalObjective(recommender, job.loss, seed=1), optimizers, world)
     lengths = [_LENGTH] * job.sequences_of(world.size)
     step(_batch(lengths, job.num_items), Workload.causal(lengths * world.size), (0, 2))
-    return step
+    return recommender, optimizers
 
 
 def _batch(lengths: list[int], num_items: int) -> JaggedBatch:
@@ -115,8 +116,7 @@ def _batch(lengths: list[int], num_items: int) -> JaggedBatch:
     )
 
 
-def _tensor_bytes(step: TrainStep) -> int:
-    recommender, optimizers = step.recommender, step.optimizers
+def _tensor_bytes(recommender: Recommender, optimizers: Optimizers) -> int:
     tables = [*recommender.table.sharded.state_dict().values(), *recommender.table.optimizer.state_tensors().values()]
     tensors = [shard.tensor for table in tables if hasattr(table, "local_shards") for shard in table.local_shards()]
     for parameter in recommender.tower.parameters():

@@ -108,7 +108,7 @@ def measure(request: Request) -> Answer | None:
     with process_group(config.trainer.device, config.trainer.timeout_seconds) as world:
         claim_machine(config.trainer.threads, world)
         session = Session.build(config, world)
-        step = TrainStep(session.recommender, config.loss, session.optimizers, world, config.seed)
+        step = TrainStep(session.objective(), session.optimizers, world)
         runner = _Runner(session, step, world)
         batches = list(islice(session.loader(Split.TRAIN).epoch(0), request.steps))
         for batch in batches:
@@ -153,7 +153,7 @@ class _Runner:
         """Trains on one batch."""
         mine = Workload.causal(batch.lengths.tolist())
         total = sum_over_ranks(torch.tensor([mine.tokens, mine.attention_pairs], device=self.world.device)).tolist()
-        work = Workload(tokens=total[0], attention_pairs=total[1])
+        work = Workload(tokens=total[0], attention_pairs=total[1], predictions=total[0])
         self.step(batch.to(self.world.device), work, (self.count, 1_000_000))
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()

@@ -17,6 +17,8 @@ from hstu_dist.distributed.recommender import Recommender
 from hstu_dist.models.flops import Workload, count_flops
 from hstu_dist.train.evaluate import evaluate, evaluate_popularity
 from hstu_dist.train.optimizer import Optimizers
+from hstu_dist.train.retrieval import RetrievalObjective
+from hstu_dist.train.step import Objective
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,14 @@ class Session:
             seed=self.config.seed,
             shuffle=training,
             batching=trainer.batching if training else BatchingConfig(),
-            cost=sequence_cost(self.training_flops),
+            cost=sequence_cost(lambda n: self.training_flops(Workload.causal([n])), self.config.data.max_length),
             stochastic_length=self.config.data.stochastic_length if training else None,
         )
         return BatchLoader(self.dataset, settings, Shard(rank=self.world.rank, world_size=self.world.size))
+
+    def objective(self) -> Objective:
+        """What a step minimises."""
+        return RetrievalObjective(self.recommender, self.config.loss, self.config.seed)
 
     def training_flops(self, work: Workload) -> int:
         """FLOPs that training on a batch needs: forward and backward of the tower and the loss."""
@@ -83,8 +89,9 @@ class Session:
         return flat
 
 
-def sequence_cost(flops: Callable[[Workload], int]) -> CostLaw:
-    """FLOPs of one sequence by its length, from those of a batch."""
-    token, pair = flops(Workload(tokens=1)), flops(Workload(attention_pairs=1))
-    # n (n + 1) / 2 pairs
-    return CostLaw(linear=token + pair / 2, quadratic=pair / 2)
+def sequence_cost(flops: Callable[[int], int], longest: int) -> CostLaw:
+    """The law a·n + b·n² through the FLOPs of a sequence of the longest length and of half of it."""
+    half = max(1, longest // 2)
+    whole = 2 * half
+    quadratic = (flops(whole) / whole - flops(half) / half) / half
+    return CostLaw(linear=flops(half) / half - quadratic * half, quadratic=quadratic)

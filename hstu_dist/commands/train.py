@@ -113,7 +113,7 @@ def _announce(session: Session, state: TrainState, say: Callable[[str], None]) -
 def _fit(session: Session, checkpoints: CheckpointManager, state: TrainState, folder: RunFolder) -> bool:
     """Trains to the end; False if somebody asked to stop."""
     config, world = session.config, session.world
-    step = TrainStep(session.recommender, config.loss, session.optimizers, world, config.seed)
+    step = TrainStep(session.objective(), session.optimizers, world)
     with contextlib.ExitStack() as stack:
         # one rank looks for the file; the ranks agree before each step
         stop_requested = stack.enter_context(stop_requests(folder.stop_file if world.is_main else None))

@@ -72,5 +72,5 @@ class Job:
         """FLOPs of a forward pass over so many sequences."""
         tokens = sequences * self.mean_length
         pairs = sequences * (self.mean_length * (self.mean_length + 1) // 2)
-        work = Workload(tokens=tokens, attention_pairs=pairs)
+        work = Workload(tokens=tokens, attention_pairs=pairs, predictions=tokens)
         return count_flops(self.model, work, self.loss.scores_per_token(self.num_items))

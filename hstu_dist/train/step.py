@@ -1,7 +1,8 @@
-"""One training step: look up what it needs once, encode, score, update."""
+"""One training step: the loss of a global batch, its gradients, an update."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -9,21 +10,15 @@ from torch.profiler import record_function
 
 from hstu_dist.batch import JaggedBatch
 from hstu_dist.distributed.process_group import World
-from hstu_dist.distributed.recommender import Recommender
 from hstu_dist.errors import UserError
-from hstu_dist.losses.config import FullSoftmaxConfig, SampledSoftmaxConfig
-from hstu_dist.losses.softmax import Candidates, softmax_loss, softmax_spec
-from hstu_dist.models.context import token_noise
 from hstu_dist.models.flops import Workload
-from hstu_dist.ops.jagged import IdSet
-from hstu_dist.ops.random import fold
 from hstu_dist.train.optimizer import Optimizers
 
-_NEGATIVES = 2
-_DROPOUT = 3
+Objective = Callable[[JaggedBatch, Workload, int], Tensor]
+"""(this rank's share, work of all shares together, step) → scalar sum of losses over this rank's predictions.
 
-_DRAWS_OF_EVERYTHING = 8
-"""Draws per item from which on a step looks up the whole table; one item in e^8 is missed."""
+It looks the item table up exactly once: that lookup updates the rows inside the backward.
+"""
 
 
 @dataclass(frozen=True)
@@ -31,8 +26,8 @@ class StepResult:
     """What a step reports.
 
     Attributes:
-        loss_sum: this rank's sum of losses over its positions.
-        work: positions and attention pairs of all ranks.
+        loss_sum: this rank's sum of losses over its predictions.
+        work: of all ranks.
         learning_rate: of the dense part.
     """
 
@@ -44,27 +39,17 @@ class StepResult:
 class TrainStep:
     """Callable once per global batch, by all ranks together."""
 
-    def __init__(
-        self,
-        recommender: Recommender,
-        loss: SampledSoftmaxConfig | FullSoftmaxConfig,
-        optimizers: Optimizers,
-        world: World,
-        seed: int,
-    ) -> None:
-        self.recommender = recommender
-        self.loss = loss
-        self.softmax = softmax_spec(loss, recommender.num_items, world.device)
+    def __init__(self, objective: Objective, optimizers: Optimizers, world: World) -> None:
+        self.objective = objective
         self.optimizers = optimizers
         self.world = world
-        self.seed = seed
 
     def __call__(self, batch: JaggedBatch, work: Workload, position: tuple[int, int]) -> StepResult:
         """Updates the model on one global batch.
 
         Args:
             batch: this rank's share; may be empty.
-            work: positions and attention pairs of all shares together.
+            work: of all shares together.
             position: (steps taken, steps of the whole run).
 
         Raises:
@@ -72,41 +57,15 @@ class TrainStep:
         """
         step, total_steps = position
         factor = self.optimizers.prepare(step, total_steps)
-        # the names of the parts in a profile
-        with record_function("draw"):
-            negatives = self._negatives(batch, step)
-        with record_function("look up"):
-            needed = self._needed(batch, negatives, work)
-            rows_UD = self.recommender.table(needed.ids)
-            items_TD = rows_UD.index_select(0, needed.places(batch.item_ids))
-        with record_function("encode"):
-            queries_TD = self.recommender.encode(items_TD, batch, noise_key=fold(self.seed, step, _DROPOUT))
-        with record_function("loss"):
-            places = None if negatives is None else needed.places(negatives)
-            candidates = Candidates(rows_UD, needed.places(batch.target_ids), places)
-            loss_sum = softmax_loss(queries_TD, candidates, self.softmax)
+        loss_sum = self.objective(batch, work, step)
         value = float(loss_sum.detach())
         if value != value or value in (float("inf"), float("-inf")):
             raise UserError(
                 f"step {step}: the loss is {value} on rank {self.world.rank}",
                 "lower the learning rates or set optimizer.clip_norm, then continue from an earlier checkpoint",
             )
-        # DDP and TorchRec average gradients over ranks; the mean wanted is over all positions of all ranks
-        (loss_sum * (self.world.size / max(1, work.tokens))).backward()
+        # DDP and TorchRec average gradients over ranks; the mean wanted is over all predictions of all ranks
+        (loss_sum * (self.world.size / max(1, work.predictions))).backward()
         with record_function("update"):
             self.optimizers.step()
         return StepResult(value, work, self.optimizers.config.learning_rate * factor)
-
-    def _negatives(self, batch: JaggedBatch, step: int) -> Tensor | None:
-        if isinstance(self.loss, FullSoftmaxConfig):
-            return None
-        noise = token_noise(batch, self.recommender.max_length, fold(self.seed, step, _NEGATIVES))
-        return self.recommender.tower.rows.integers(noise, self.loss.num_negatives, self.recommender.num_items)
-
-    def _needed(self, batch: JaggedBatch, negatives: Tensor | None, work: Workload) -> IdSet:
-        num_items = self.recommender.num_items
-        # where ranks draw each item many times over, finding the few that are missing costs more than it saves;
-        # decided for all ranks together, so that the rows a step touches do not depend on their number
-        if negatives is None or work.tokens * negatives.shape[1] >= _DRAWS_OF_EVERYTHING * num_items:
-            return IdSet.everything(num_items, batch.item_ids.device)
-        return IdSet.of([batch.item_ids, batch.target_ids, negatives], num_items)

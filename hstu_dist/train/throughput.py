@@ -56,7 +56,8 @@ def training_averages(state: TrainState, flops: Callable[[Workload], int]) -> di
         train_seconds, evaluation_seconds, tokens_per_second and mfu; None: unknown.
     """
     seconds, available = state.train_seconds, state.available_flops
-    needed = flops(Workload(tokens=state.tokens, attention_pairs=state.attention_pairs))
+    work = Workload(tokens=state.tokens, attention_pairs=state.attention_pairs, predictions=state.predictions)
+    needed = flops(work)
     return {
         "train_seconds": seconds,
         "evaluation_seconds": state.evaluation_seconds,

@@ -48,6 +48,7 @@ class Trainer:
         world: this rank among the others.
         hooks: called in order.
         stop_epoch: end after that epoch; None: after the last of the schedule.
+        workload: work of sequences by their lengths; a step's FLOPs and the mean of its loss go by it.
         peak_flops: FLOP/s that the devices of all ranks can do together; None: unknown.
         stop_requested: whether this rank was asked to stop (SIGTERM); the ranks agree before each step.
         interrupted: whether the loop ended because of such a request.
@@ -60,6 +61,7 @@ class Trainer:
     world: World
     hooks: Sequence[Hook] = ()
     stop_epoch: int | None = None
+    workload: Callable[[Sequence[int]], Workload] = Workload.causal
     peak_flops: float | None = None
     stop_requested: Callable[[], bool] = lambda: False
     interrupted: bool = field(default=False, init=False)
@@ -111,16 +113,17 @@ class Trainer:
 
     def _agree(self, batch: JaggedBatch) -> tuple[Workload, bool]:
         """Work of all ranks' shares, and whether any rank was asked to stop."""
-        share = Workload.causal(batch.lengths.tolist())
-        mine = [share.tokens, share.attention_pairs, int(self.stop_requested())]
-        tokens, pairs, stopping = sum_over_ranks(torch.tensor(mine, device=self.world.device)).tolist()
-        return Workload(tokens=tokens, attention_pairs=pairs), stopping > 0
+        share = self.workload(batch.lengths.tolist())
+        mine = [share.tokens, share.attention_pairs, share.predictions, int(self.stop_requested())]
+        tokens, pairs, predictions, stopping = sum_over_ranks(torch.tensor(mine, device=self.world.device)).tolist()
+        return Workload(tokens=tokens, attention_pairs=pairs, predictions=predictions), stopping > 0
 
     def _count(self, work: Workload) -> None:
         state = self.state
         state.batch, state.step = state.batch + 1, state.step + 1
         state.tokens += work.tokens
         state.attention_pairs += work.attention_pairs
+        state.predictions += work.predictions
         state.add_training_time(self._lap(), self.peak_flops)
 
     def _lap(self) -> float:

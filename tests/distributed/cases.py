@@ -47,9 +47,8 @@ class LossHook(Hook):
 
 
 def trainer_of(session: Session, state: TrainState, epochs: int, hooks: Sequence[Hook] = ()) -> Trainer:
-    config = session.config
     return Trainer(
-        step=TrainStep(session.recommender, config.loss, session.optimizers, session.world, config.seed),
+        step=TrainStep(session.objective(), session.optimizers, session.world),
         loader=session.loader(Split.TRAIN),
         state=state,
         epochs=epochs,

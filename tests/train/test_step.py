@@ -24,7 +24,7 @@ def work_of(batch: JaggedBatch) -> Workload:
 
 def step_of(data: Path, *overrides: str) -> tuple[Session, TrainStep]:
     session = build(tiny_config(data, Path("unused"), *overrides), WORLD)
-    step = TrainStep(session.recommender, session.config.loss, session.optimizers, WORLD, session.config.seed)
+    step = TrainStep(session.objective(), session.optimizers, WORLD)
     return session, step
 
 

@@ -1,0 +1,74 @@
+"""The retrieval objective: the next item against sampled or all other items."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch.profiler import record_function
+
+from hstu_dist.batch import JaggedBatch
+from hstu_dist.distributed.recommender import Recommender
+from hstu_dist.losses.config import FullSoftmaxConfig, SampledSoftmaxConfig
+from hstu_dist.losses.softmax import Candidates, softmax_loss, softmax_spec
+from hstu_dist.models.context import token_noise
+from hstu_dist.models.flops import Workload
+from hstu_dist.ops.jagged import IdSet
+from hstu_dist.ops.random import fold
+from hstu_dist.ops.softmax_spec import SoftmaxSpec
+
+_NEGATIVES = 2
+_DROPOUT = 3
+
+_DRAWS_OF_EVERYTHING = 8
+"""Draws per item from which on a step looks up the whole table; one item in e^8 is missed."""
+
+
+@dataclass
+class RetrievalObjective:
+    """Softmax over the item that follows each event and its negatives; an `Objective` of `TrainStep`.
+
+    Attributes:
+        recommender: what is trained.
+        loss: sampled or full softmax.
+        seed: of dropout and negatives.
+    """
+
+    recommender: Recommender
+    loss: SampledSoftmaxConfig | FullSoftmaxConfig
+    seed: int
+    _softmax: SoftmaxSpec = field(init=False)
+
+    def __post_init__(self) -> None:
+        device = next(self.recommender.tower.parameters()).device
+        self._softmax = softmax_spec(self.loss, self.recommender.num_items, device)
+
+    def __call__(self, batch: JaggedBatch, work: Workload, step: int) -> Tensor:
+        """Sum of -log softmax over this rank's positions."""
+        # the names of the parts in a profile
+        with record_function("draw"):
+            negatives = self._negatives(batch, step)
+        with record_function("look up"):
+            needed = self._needed(batch, negatives, work)
+            rows_UD = self.recommender.table(needed.ids)
+            items_TD = rows_UD.index_select(0, needed.places(batch.item_ids))
+        with record_function("encode"):
+            queries_TD = self.recommender.encode(items_TD, batch, noise_key=fold(self.seed, step, _DROPOUT))
+        with record_function("loss"):
+            places = None if negatives is None else needed.places(negatives)
+            candidates = Candidates(rows_UD, needed.places(batch.target_ids), places)
+            return softmax_loss(queries_TD, candidates, self._softmax)
+
+    def _negatives(self, batch: JaggedBatch, step: int) -> Tensor | None:
+        if isinstance(self.loss, FullSoftmaxConfig):
+            return None
+        noise = token_noise(batch, self.recommender.max_length, fold(self.seed, step, _NEGATIVES))
+        return self.recommender.tower.rows.integers(noise, self.loss.num_negatives, self.recommender.num_items)
+
+    def _needed(self, batch: JaggedBatch, negatives: Tensor | None, work: Workload) -> IdSet:
+        num_items = self.recommender.num_items
+        # where ranks draw each item many times over, finding the few that are missing costs more than it saves;
+        # decided for all ranks together, so that the rows a step touches do not depend on their number
+        if negatives is None or work.tokens * negatives.shape[1] >= _DRAWS_OF_EVERYTHING * num_items:
+            return IdSet.everything(num_items, batch.item_ids.device)
+        return IdSet.of([batch.item_ids, batch.target_ids, negatives], num_items)
