@@ -137,9 +137,9 @@ def measure(request: Request) -> Answer | None:
 
 
 def _training_flops(session: Session, work: Workload) -> int:
-    loss = session.config.loss
+    model, loss = session.config.retrieval
     scores = session.dataset.num_items if isinstance(loss, FullSoftmaxConfig) else loss.num_negatives + 1
-    return count_flops(session.config.model, work, scores).training
+    return count_flops(model, work, scores).training
 
 
 class _Runner:

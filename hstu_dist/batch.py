@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class JaggedBatch:
         target_ids: [T] int64, the item that followed each event.
         query_times: [T] int64 seconds, when that following event happened (query times of the bias).
         row_ids: [B] int64, which sequence of the data set each one is; world-size-independent identity.
+        contextual: [B, C] int64, codes of the user's contextual features, for ranking; None: no features.
     """
 
     offsets: Tensor
@@ -32,6 +34,7 @@ class JaggedBatch:
     target_ids: Tensor
     query_times: Tensor
     row_ids: Tensor
+    contextual: Tensor | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -50,4 +53,6 @@ class JaggedBatch:
 
     def to(self, device: torch.device) -> JaggedBatch:
         """The same batch on another device."""
-        return JaggedBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {k: None if v is None else v.to(device, non_blocking=True) for k, v in parts.items()}
+        return JaggedBatch(**moved)

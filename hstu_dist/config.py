@@ -26,8 +26,8 @@ from hstu_dist.data.config import DataConfig
 from hstu_dist.distributed.config import EmbeddingConfig
 from hstu_dist.errors import UserError
 from hstu_dist.files import write_atomically
-from hstu_dist.losses.config import LossConfig
-from hstu_dist.models.config import ModelConfig
+from hstu_dist.losses.config import LossConfig, MultiTaskConfig, SoftmaxConfig
+from hstu_dist.models.config import DLRMConfig, EncoderConfig, ModelConfig, RankingConfig, RetrievalConfig, TaskConfig
 from hstu_dist.plan.config import PlanConfig
 from hstu_dist.train.config import OptimizerConfig, TrainerConfig
 from hstu_dist.validation import STRICT, as_user_error
@@ -45,6 +45,7 @@ class RunConfig:
         output: folder of all runs.
         seed: of initialisation, shuffling, dropout and negatives.
         nproc: ranks of each machine.
+        task: what the model predicts.
         data, model, loss, embedding, optimizer, trainer, cluster: the parts, each described in its own class.
         plan: what `plan` assumes; training ignores it.
         published: figures of a paper to print beside the result, metric → value.
@@ -54,9 +55,10 @@ class RunConfig:
     output: str = "runs"
     seed: int = Field(default=1, ge=0)
     nproc: int = Field(default=2, gt=0)
+    task: TaskConfig = Field(default_factory=RetrievalConfig)
     data: DataConfig
-    model: ModelConfig
-    loss: LossConfig
+    model: ModelConfig = Field(discriminator="kind")
+    loss: LossConfig = Field(discriminator="kind")
     embedding: EmbeddingConfig
     optimizer: OptimizerConfig
     trainer: TrainerConfig
@@ -65,11 +67,45 @@ class RunConfig:
     published: dict[str, float] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.model.max_length < self.data.max_length:
+        ranking = isinstance(self.task, RankingConfig)
+        if ranking != isinstance(self.loss, MultiTaskConfig):
+            wanted = "multi_task" if ranking else "sampled_softmax or full_softmax"
+            raise ValueError(f"loss: got {self.loss.kind}, expected {wanted} for task={self.task.kind}")
+        if isinstance(self.model, DLRMConfig):
+            if not ranking:
+                raise ValueError("model: got dlrm, expected hstu or sasrec for task=retrieval")
+        elif self.model.max_length < self._tokens:
+            what = "2 data.max_length + contextual features" if ranking else "data.max_length"
             raise ValueError(
-                f"model.max_length: got {self.model.max_length}, "
-                f"expected at least data.max_length ({self.data.max_length})"
+                f"model.max_length: got {self.model.max_length}, expected at least {what} ({self._tokens})"
             )
+        monitors = (
+            [m for head in self.loss.heads for m in head.monitors] if isinstance(self.loss, MultiTaskConfig) else []
+        )
+        monitor = self.trainer.evaluation.monitor
+        if ranking and monitor not in monitors:
+            raise ValueError(f"trainer.evaluation.monitor: got {monitor}, expected one of {', '.join(monitors)}")
+        if not ranking and "/" in monitor:
+            raise ValueError(
+                f"trainer.evaluation.monitor: got {monitor}, expected hr@K, ndcg@K or mrr for task=retrieval"
+            )
+
+    @property
+    def _tokens(self) -> int:
+        """Of the longest sequence."""
+        length = self.data.max_length
+        return self.task.tokens(length) if isinstance(self.task, RankingConfig) else length
+
+    @property
+    def retrieval(self) -> tuple[EncoderConfig, SoftmaxConfig]:
+        """Model and loss of a retrieval run.
+
+        Raises:
+            UserError: it is none.
+        """
+        if isinstance(self.model, DLRMConfig) or isinstance(self.loss, MultiTaskConfig):
+            raise UserError(f"task: got {self.task.kind}, expected retrieval here", "choose a retrieval run")
+        return self.model, self.loss
 
     @property
     def world_size(self) -> int:

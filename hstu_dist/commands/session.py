@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from hstu_dist.config import RunConfig
 from hstu_dist.data.balance import CostLaw
@@ -13,6 +13,7 @@ from hstu_dist.data.dataset import SequenceDataset
 from hstu_dist.data.loader import BatchLoader, Shard, popularity
 from hstu_dist.data.split import Split
 from hstu_dist.distributed.process_group import World
+from hstu_dist.distributed.ranker import Ranker
 from hstu_dist.distributed.recommender import Recommender
 from hstu_dist.models.flops import Workload, count_flops
 from hstu_dist.train.evaluate import evaluate, evaluate_popularity
@@ -23,21 +24,27 @@ from hstu_dist.train.step import Objective
 
 @dataclass(frozen=True)
 class Session:
-    """What training and evaluation share."""
+    """What training and evaluation share; of a retrieval run, unless a subclass says otherwise."""
 
     config: RunConfig
     world: World
     dataset: SequenceDataset
-    recommender: Recommender
+    recommender: Recommender | Ranker
     optimizers: Optimizers
 
     @classmethod
-    def build(cls, config: RunConfig, world: World) -> Session:
+    def build(cls, config: RunConfig, world: World) -> Self:
         """Opens the data and builds the model, the same at any world size for a seed."""
         dataset = SequenceDataset.open(config.data.path)
-        recommender = Recommender(dataset.num_items, config.model, config.embedding, world.device, config.seed)
+        model, _ = config.retrieval
+        recommender = Recommender(dataset.num_items, model, config.embedding, world.device, config.seed)
         optimizers = Optimizers(recommender.tower, recommender.table.optimizer, config.optimizer)
         return cls(config, world, dataset, recommender, optimizers)
+
+    @property
+    def shard(self) -> Shard:
+        """This rank's share of every global batch."""
+        return Shard(rank=self.world.rank, world_size=self.world.size)
 
     @property
     def training_split(self) -> Split:
@@ -45,33 +52,46 @@ class Session:
         return Split(self.config.trainer.train_on)
 
     def loader(self, split: Split) -> BatchLoader:
-        """This rank's batches of a split: shuffled for training, in order for evaluation."""
+        """This rank's batches of a split."""
+        return BatchLoader(self.dataset, self.loader_config(split), self.shard)
+
+    def loader_config(self, split: Split) -> LoaderConfig:
+        """How a split is fed: shuffled for training, in order for evaluation."""
         training = split in (Split.TRAIN, Split.TRAIN_VALIDATION)
         trainer = self.config.trainer
-        settings = LoaderConfig(
+        return LoaderConfig(
             split=split,
             global_batch_size=trainer.global_batch_size if training else trainer.evaluation.batch_size,
             max_length=self.config.data.max_length,
             seed=self.config.seed,
             shuffle=training,
             batching=trainer.batching if training else BatchingConfig(),
-            cost=sequence_cost(lambda n: self.training_flops(Workload.causal([n])), self.config.data.max_length),
+            cost=sequence_cost(lambda n: self.training_flops(self.workload([n])), self.config.data.max_length),
             stochastic_length=self.config.data.stochastic_length if training else None,
         )
-        return BatchLoader(self.dataset, settings, Shard(rank=self.world.rank, world_size=self.world.size))
 
     def objective(self) -> Objective:
         """What a step minimises."""
-        return RetrievalObjective(self.recommender, self.config.loss, self.config.seed)
+        _, loss = self.config.retrieval
+        return RetrievalObjective(self._retriever, loss, self.config.seed)
+
+    @property
+    def _retriever(self) -> Recommender:
+        assert isinstance(self.recommender, Recommender)
+        return self.recommender
+
+    def workload(self, lengths: Sequence[int]) -> Workload:
+        """Work of sequences of so many inputs."""
+        return Workload.causal(lengths)
 
     def training_flops(self, work: Workload) -> int:
         """FLOPs that training on a batch needs: forward and backward of the tower and the loss."""
-        scores_per_token = self.config.loss.scores_per_token(self.dataset.num_items)
-        return count_flops(self.config.model, work, scores_per_token).training
+        model, loss = self.config.retrieval
+        return count_flops(model, work, loss.scores_per_token(self.dataset.num_items)).training
 
     def evaluate(self, split: Split) -> dict[str, float]:
         """Metrics of the current weights on a split."""
-        return evaluate(self.recommender, self.loader(split).epoch(0), self.config.trainer.evaluation.cutoffs)
+        return evaluate(self._retriever, self.loader(split).epoch(0), self.config.trainer.evaluation.cutoffs)
 
     def evaluate_popularity(self, split: Split) -> dict[str, float]:
         """Metrics of the popularity baseline on a split."""

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from hstu_dist.checkpoint.manager import CheckpointManager
 from hstu_dist.commands.result_table import finished_report, result_table
 from hstu_dist.commands.session import Session
+from hstu_dist.commands.sessions import open_session
 from hstu_dist.config import RunConfig, to_dict
 from hstu_dist.data.split import Split
 from hstu_dist.distributed.agreement import check_machines_agree
@@ -72,7 +73,7 @@ def _locked(folder: RunFolder, world: World) -> Iterator[None]:
 
 
 def _run(config: RunConfig, world: World, folder: RunFolder, say: Callable[[str], None]) -> None:
-    session = Session.build(config, world)
+    session = open_session(config, world)
     settings = config.trainer.checkpoint
     checkpoints = CheckpointManager(folder.checkpoints, settings.keep, settings.asynchronous)
     state = restore(session, checkpoints)
@@ -128,6 +129,7 @@ def _fit(session: Session, checkpoints: CheckpointManager, state: TrainState, fo
             epochs=config.trainer.epochs,
             stop_epoch=config.trainer.stop_epoch,
             world=world,
+            workload=session.workload,
             peak_flops=job_peak_flops(config.trainer.peak_flops, world),
             hooks=[
                 LogHook(config.trainer.logging, log, session.training_flops),

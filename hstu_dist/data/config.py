@@ -9,7 +9,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from hstu_dist.data.balance import CostLaw
-from hstu_dist.data.split import Split
+from hstu_dist.data.split import Moments, Split
 from hstu_dist.validation import STRICT
 
 
@@ -218,6 +218,7 @@ class LoaderConfig:
         batching: how batches are cut and shared out.
         cost: work of a sequence by its length, what batching by FLOPs and balancing go by.
         stochastic_length: random subsequences; None: whole histories.
+        moments: split by time, every event with its own action as the target; None: leave-one-out.
     """
 
     split: Split
@@ -228,6 +229,7 @@ class LoaderConfig:
     batching: BatchingConfig = Field(default_factory=BatchingConfig)
     cost: CostLaw = Field(default_factory=CostLaw)
     stochastic_length: StochasticLengthConfig | None = None
+    moments: Moments | None = None
 
 
 def prepare_command(config: DataSetConfig) -> str:

@@ -19,6 +19,8 @@ MANIFEST_FILE = "dataset.json"
 SEQUENCES_FILE = "sequences.parquet"
 USERS_FILE = "users.parquet"
 ITEMS_FILE = "items.parquet"
+CONTEXT_PREFIX = "context_"
+"""Of the names of contextual columns in the users' file."""
 DATA_FILES = (SEQUENCES_FILE, USERS_FILE, ITEMS_FILE)
 
 
@@ -59,6 +61,8 @@ class Manifest:
         recipe: settings that shaped it.
         sources: hash of every input, in reading order.
         files: hash of every data file.
+        action_fields: what an action packs, name → bits from the lowest bit up; empty: one plain number.
+        contextual: columns of what is known of a user, in the users' file.
     """
 
     format_version: int
@@ -72,6 +76,8 @@ class Manifest:
     recipe: dict[str, str | int | float | None]
     sources: dict[str, str]
     files: dict[str, str]
+    action_fields: dict[str, int] = Field(default_factory=dict)
+    contextual: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """Readable JSON; the same manifest always gives the same text."""

@@ -55,12 +55,16 @@ class Recommender(nn.Module):
         vectors: Tensor = self.tower(items_TD, sequence_context(batch, self.max_length, noise_key=None))
         return vectors
 
-    @torch.no_grad()
     def corpus(self) -> Tensor:
         """Rows [num_items, D] of the whole table, not normalised, on every rank."""
-        device = next(self.tower.parameters()).device
-        parts = []
-        for start in range(0, self.num_items, _CORPUS_CHUNK):
-            stop = min(start + _CORPUS_CHUNK, self.num_items)
-            parts.append(self.table(torch.arange(start, stop, device=device)))
-        return torch.cat(parts)
+        return whole_table(self.table, next(self.tower.parameters()).device)
+
+
+@torch.no_grad()
+def whole_table(table: ItemTable, device: torch.device) -> Tensor:
+    """All rows [num_rows, D] of a table, on every rank."""
+    parts = []
+    for start in range(0, table.shape.num_rows, _CORPUS_CHUNK):
+        stop = min(start + _CORPUS_CHUNK, table.shape.num_rows)
+        parts.append(table(torch.arange(start, stop, device=device)))
+    return torch.cat(parts)

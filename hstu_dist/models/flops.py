@@ -102,6 +102,7 @@ class ParameterCount:
         norms: scales and shifts of the layer norms that learn them.
         relative_bias: (2N - 1) a layer for positions, 129 for times.
         table: (rows of the item table)·D; stored rows may be padded, the padding is no parameter.
+        features: (rows of the small embeddings of a ranking model)·D.
     """
 
     positions: int
@@ -109,11 +110,12 @@ class ParameterCount:
     norms: int
     relative_bias: int
     table: int
+    features: int = 0
 
     @property
     def dense(self) -> int:
         """The tower: everything but the table."""
-        return self.positions + self.projections + self.norms + self.relative_bias
+        return self.positions + self.projections + self.norms + self.relative_bias + self.features
 
     @property
     def total(self) -> int:

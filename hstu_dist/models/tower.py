@@ -53,7 +53,11 @@ class Tower(nn.Module):
         Returns:
             [T, D], rows of length 1.
         """
-        x = items_TD * self.width**0.5 + self.position(context.positions)
+        return unit_rows(self.encode(items_TD, context))
+
+    def encode(self, tokens_TD: Tensor, context: SequenceContext) -> Tensor:
+        """[T, D], what the encoder makes of [T, D] embedded tokens; of no particular length."""
+        x = tokens_TD * self.width**0.5 + self.position(context.positions)
         drop = drop_of(context.noise and context.noise.stream(_INPUT_STREAM), self.dropout)
-        x = dropout(x, drop, self.rows)
-        return unit_rows(self.encoder(x, context))
+        encoded: Tensor = self.encoder(dropout(x, drop, self.rows), context)
+        return encoded

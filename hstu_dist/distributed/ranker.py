@@ -1,0 +1,65 @@
+"""The ranking model on one rank: the sharded item table and a data-parallel ranking tower."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hstu_dist.batch import JaggedBatch
+from hstu_dist.distributed.config import EmbeddingConfig
+from hstu_dist.distributed.recommender import whole_table
+from hstu_dist.distributed.tables import ItemTable, TableShape
+from hstu_dist.models.config import DLRMConfig, ModelConfig
+from hstu_dist.models.dlrm import DLRMTower
+from hstu_dist.models.ranking import RankingTower
+from hstu_dist.models.ranking_shape import RankingShape
+from hstu_dist.ops import backends
+
+
+class Ranker(nn.Module):
+    """Item table and ranking tower. All ranks call every method together, but `predict_local`."""
+
+    def __init__(
+        self,
+        num_items: int,
+        model: ModelConfig,
+        shape: RankingShape,
+        embedding: EmbeddingConfig,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.num_items = num_items
+        self.table = ItemTable(TableShape(num_items, model.width), embedding, device, seed)
+        torch.manual_seed(seed)
+        self.tower: RankingTower | DLRMTower
+        if isinstance(model, DLRMConfig):
+            self.tower = DLRMTower(model, shape, device, backends.row_kernels(backends.fastest(device)))
+        else:
+            self.tower = RankingTower(model, shape, device)
+        self._parallel: nn.Module = self.tower
+        if dist.get_world_size() > 1:
+            self._parallel = DistributedDataParallel(self.tower, gradient_as_bucket_view=True)
+
+    def predict(self, items_ED: Tensor, batch: JaggedBatch, noise_key: int) -> Tensor:
+        """Predictions [E, K] of every event; the backward averages over ranks.
+
+        Args:
+            items_ED: [E, D], table rows of the batch's events.
+            batch: the batch.
+            noise_key: key of the step's random numbers.
+        """
+        predicted: Tensor = self._parallel(items_ED, batch, noise_key)
+        return predicted
+
+    @torch.no_grad()
+    def predict_local(self, items_ED: Tensor, batch: JaggedBatch) -> Tensor:
+        """As `predict` in evaluation, without any communication: ranks may call it any number of times."""
+        predicted: Tensor = self.tower(items_ED, batch, None)
+        return predicted
+
+    def corpus(self) -> Tensor:
+        """Rows [num_items, D] of the whole table, on every rank."""
+        return whole_table(self.table, next(self.tower.parameters()).device)

@@ -1,0 +1,35 @@
+"""What a ranking model reads and predicts; importable without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hstu_dist.actions import WORD_BITS, ActionField
+
+POOLED = 3
+"""Sums over the history that DLRM reads: items, actions, and items times actions."""
+
+DENSE = 2
+"""Numbers that it reads: how many earlier events there are, and how long ago the last one was."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankingShape:
+    """What a ranking model reads and predicts.
+
+    Attributes:
+        actions: fields of the action word, each with the number of its levels (see `models.ranking.field_levels`).
+        contextual: number of values of each contextual feature; a code outside of it stands for an unknown value.
+        outputs: K, numbers predicted for each event.
+        head_width: hidden width of the heads.
+    """
+
+    actions: tuple[tuple[ActionField, int], ...]
+    contextual: tuple[int, ...]
+    outputs: int
+    head_width: int
+
+
+def counts_by_magnitude(field: ActionField, levels: int) -> bool:
+    """Whether the levels of a field are orders of magnitude: it is packed and holds numbers of `levels` and above."""
+    return field.bits < WORD_BITS and levels <= field.largest
