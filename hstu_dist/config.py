@@ -68,33 +68,24 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         ranking = isinstance(self.task, RankingConfig)
+        heads = self.loss.heads if isinstance(self.loss, MultiTaskConfig) else ()
         if ranking != isinstance(self.loss, MultiTaskConfig):
             wanted = "multi_task" if ranking else "sampled_softmax or full_softmax"
             raise ValueError(f"loss: got {self.loss.kind}, expected {wanted} for task={self.task.kind}")
         if isinstance(self.model, DLRMConfig):
             if not ranking:
                 raise ValueError("model: got dlrm, expected hstu or sasrec for task=retrieval")
-        elif self.model.max_length < self._tokens:
-            what = "2 data.max_length + contextual features" if ranking else "data.max_length"
+        elif self.model.max_length < self.data.max_length:
             raise ValueError(
-                f"model.max_length: got {self.model.max_length}, expected at least {what} ({self._tokens})"
+                f"model.max_length: got {self.model.max_length}, "
+                f"expected at least data.max_length ({self.data.max_length})"
             )
-        monitors = (
-            [m for head in self.loss.heads for m in head.monitors] if isinstance(self.loss, MultiTaskConfig) else []
-        )
-        monitor = self.trainer.evaluation.monitor
-        if ranking and monitor not in monitors:
-            raise ValueError(f"trainer.evaluation.monitor: got {monitor}, expected one of {', '.join(monitors)}")
-        if not ranking and "/" in monitor:
+        monitor, monitors = self.trainer.evaluation.monitor, [name for head in heads for name in head.monitors]
+        if ("/" in monitor or ranking) and monitor not in monitors:
+            wanted = ", ".join(monitors) or "hr@K, ndcg@K or mrr"
             raise ValueError(
-                f"trainer.evaluation.monitor: got {monitor}, expected hr@K, ndcg@K or mrr for task=retrieval"
+                f"trainer.evaluation.monitor: got {monitor}, expected one of {wanted} for task={self.task.kind}"
             )
-
-    @property
-    def _tokens(self) -> int:
-        """Of the longest sequence."""
-        length = self.data.max_length
-        return self.task.tokens(length) if isinstance(self.task, RankingConfig) else length
 
     @property
     def retrieval(self) -> tuple[EncoderConfig, SoftmaxConfig]:

@@ -41,7 +41,6 @@ def write_rated_dataset(folder: Path, constant: int | None = None) -> Path:
 
 def rated_overrides(data: Path, output: Path, model: str = "hstu") -> list[str]:
     """Overrides of a run `output`/rated on a data set of `write_rated_dataset`: 2 epochs, 2 ranks, CPU."""
-    length = [f"model.max_length={2 * MAX_LENGTH + 1}"] if model != "dlrm" else ["model.over_widths=[16]"]
     return [
         "name=rated",
         "task=ranking",
@@ -53,7 +52,6 @@ def rated_overrides(data: Path, output: Path, model: str = "hstu") -> list[str]:
         f"output={output}",
         f"model={model}",
         "model.width=8",
-        *length,
         "nproc=2",
         "trainer.epochs=2",
         "trainer.global_batch_size=8",

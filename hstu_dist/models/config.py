@@ -21,7 +21,8 @@ class _EncoderConfig:
         num_layers: number of blocks.
         num_heads: H.
         dropout: rate after the input and inside each block.
-        max_length: N, the longest input sequence; sizes the position tables.
+        max_length: N, the longest input sequence, in events; sizes the position tables, for task=ranking those of
+            2N tokens and the contextual ones.
         backend: attention implementation; auto takes the fastest that the device has.
     """
 
@@ -142,10 +143,6 @@ class RankingConfig:
         if self.validation_share + self.test_share >= 1:
             held_out = self.validation_share + self.test_share
             raise ValueError(f"validation_share + test_share: got {held_out:g}, expected less than 1")
-
-    def tokens(self, events: int) -> int:
-        """Tokens of an interleaved sequence of so many events."""
-        return 2 * events + len(self.contextual)
 
 
 TaskConfig = Annotated[RetrievalConfig | RankingConfig, Field(discriminator="kind")]

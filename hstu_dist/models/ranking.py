@@ -13,7 +13,7 @@ from hstu_dist.actions import ActionField
 from hstu_dist.batch import JaggedBatch
 from hstu_dist.models.config import EncoderConfig
 from hstu_dist.models.context import SequenceContext
-from hstu_dist.models.ranking_shape import RankingShape, counts_by_magnitude
+from hstu_dist.models.ranking_shape import RankingShape, counts_by_magnitude, token_encoder
 from hstu_dist.models.tower import Tower
 from hstu_dist.ops.interleave import Interleaving
 from hstu_dist.ops.jagged import positions, sequence_of
@@ -107,9 +107,10 @@ class RankingTower(nn.Module):
             UserError: the configured backend does not run on this machine.
         """
         super().__init__()
-        self.max_length = config.max_length
         self.num_contextual = len(shape.contextual)
-        self.tower = Tower(config, device)
+        encoder = token_encoder(config, self.num_contextual)
+        self.max_length = encoder.max_length
+        self.tower = Tower(encoder, device)
         self.features = Features(shape, config.width)
         self.heads = Heads(config.width, shape)
         self.to(device)

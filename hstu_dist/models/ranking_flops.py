@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from hstu_dist.models.config import DLRMConfig, ModelConfig
 from hstu_dist.models.flops import FlopCount, ParameterCount, Workload, count_flops, count_parameters
-from hstu_dist.models.ranking_shape import DENSE, POOLED, RankingShape
+from hstu_dist.models.ranking_shape import DENSE, POOLED, RankingShape, token_encoder
 
 
 def ranking_work(config: ModelConfig, lengths: Iterable[int], num_contextual: int) -> Workload:
@@ -67,7 +67,7 @@ def count_ranking_parameters(config: ModelConfig, shape: RankingShape, num_items
         weights = sum(inputs * outputs for inputs, outputs in _dlrm_layers(config, shape))
         parts = {"positions": 0, "projections": weights + biases, "norms": 0, "relative_bias": 0}
         return ParameterCount(**parts, features=rows * D, table=num_items * D)
-    encoder = count_parameters(config, num_items)
+    encoder = count_parameters(token_encoder(config, len(shape.contextual)), num_items)
     heads = (D + 1) * shape.head_width + (shape.head_width + 1) * shape.outputs
     return ParameterCount(
         positions=encoder.positions,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hstu_dist.actions import WORD_BITS, ActionField
+from hstu_dist.models.config import EncoderConfig
 
 POOLED = 3
 """Sums over the history that DLRM reads: items, actions, and items times actions."""
@@ -28,6 +29,11 @@ class RankingShape:
     contextual: tuple[int, ...]
     outputs: int
     head_width: int
+
+
+def token_encoder(config: EncoderConfig, num_contextual: int) -> EncoderConfig:
+    """The encoder of interleaved tokens: 2N + C of them for N events, the longest that `config` serves."""
+    return replace(config, max_length=2 * config.max_length + num_contextual)
 
 
 def counts_by_magnitude(field: ActionField, levels: int) -> bool:

@@ -19,14 +19,13 @@ from tests.models.cases import batch_of
 
 WIDTH = 12
 MAX_EVENTS = 10
-MAX_LENGTH = 2 * MAX_EVENTS + 2
 
 ENCODERS: dict[str, HSTUConfig | TransformerConfig] = {
-    "hstu": HSTUConfig(width=WIDTH, num_heads=2, max_length=MAX_LENGTH),
+    "hstu": HSTUConfig(width=WIDTH, num_heads=2, max_length=MAX_EVENTS),
     "production": HSTUConfig(
-        width=WIDTH, num_heads=2, max_length=MAX_LENGTH, affine_norm=True, uvqk_bias=True, concat_ux=True, alpha=0.4
+        width=WIDTH, num_heads=2, max_length=MAX_EVENTS, affine_norm=True, uvqk_bias=True, concat_ux=True, alpha=0.4
     ),
-    "sasrec": TransformerConfig(width=WIDTH, num_heads=2, max_length=MAX_LENGTH, ffn_width=9),
+    "sasrec": TransformerConfig(width=WIDTH, num_heads=2, max_length=MAX_EVENTS, ffn_width=9),
 }
 MODELS: dict[str, ModelConfig] = {
     **ENCODERS,
