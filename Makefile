@@ -11,7 +11,7 @@ SOURCES_OF_INSTALL := pyproject.toml hatch_build.py packaging/fbgemm-gpu-shim/py
 	$(wildcard hstu_dist/ops/csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install data train results report test test-cluster check format clean
+.PHONY: help install data train results report test test-long test-cluster check format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -40,17 +40,20 @@ results: data  ## repeat the published MovieLens-1M table at three seeds with NP
 report: $(STAMP)  ## render README.md's tables, docs/results.md and plots from benchmarks/results
 	$(RUN) -m hstu_dist report results
 
-test: $(STAMP)  ## run the test suite
-	$(RUN) -m pytest -m "not slurm and not netns"
+test: $(STAMP)  ## run the test suite, on two processes
+	$(RUN) -m pytest -n 2 --dist worksteal -m "not slurm and not netns and not long"
+
+test-long: $(STAMP)  ## run the campaigns that take minutes each
+	$(RUN) -m pytest -m long --timeout=3600
 
 test-cluster: $(STAMP)  ## run the tests on a real Slurm and on two network namespaces; need root, take minutes
-	$(RUN) -m pytest -m "slurm or netns"
+	$(RUN) -m pytest -m "(slurm or netns) and not long"
 
 check: $(STAMP)  ## format, lint, types and the fast tests
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
-	$(RUN) -m pytest -m "not slow and not distributed"
+	$(RUN) -m pytest -n 2 --dist worksteal -m "not slow and not distributed and not slurm and not netns and not long"
 
 format: $(STAMP)  ## rewrite the sources in the common format
 	$(RUN) -m ruff format .

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hstu_dist.batch import JaggedBatch
-from hstu_dist.distributed.config import EmbeddingConfig, TableOptimizerConfig
+from hstu_dist.distributed.config import EmbeddingConfig, ParallelConfig, TableOptimizerConfig
 from hstu_dist.distributed.process_group import World, process_group
 from hstu_dist.distributed.recommender import Recommender
 from hstu_dist.losses.config import SampledSoftmaxConfig
@@ -94,7 +94,7 @@ def saved_bytes(model: HSTUConfig | TransformerConfig, sequences: int) -> int:
 
 
 def _step(job: Job, world: World) -> tuple[Recommender, Optimizers]:
-    recommender = Recommender(job.num_items, job.model, job.embedding, world.device, 1)
+    recommender = Recommender(job.num_items, job.model, job.embedding, world.device, 1, ParallelConfig())
     optimizers = Optimizers(recommender.tower, recommender.table.optimizer, OptimizerConfig())
     step = TrainStep(RetrievalObjective(recommender, job.loss, seed=1), optimizers, world)
     lengths = [_LENGTH] * job.sequences_of(world.size)

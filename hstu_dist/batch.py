@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -50,6 +51,24 @@ class JaggedBatch:
     def lengths(self) -> Tensor:
         """[B] int64."""
         return self.offsets.diff()
+
+    def parts(self, count: int) -> list[JaggedBatch]:
+        """`count` runs of whole sequences with about equally many tokens each, in order; some may be empty."""
+        if count == 1:
+            return [self]
+        # a sequence belongs to the part that its middle lies in
+        middles = self.offsets[:-1] + self.offsets[1:]
+        goals = torch.arange(1, count, device=middles.device) * (2 * self.num_tokens) // count
+        cuts = [0, *torch.searchsorted(middles, goals).tolist(), self.num_sequences]
+        return [self._run(first, last) for first, last in pairwise(cuts)]
+
+    def _run(self, first: int, last: int) -> JaggedBatch:
+        offsets = self.offsets[first : last + 1]
+        start, stop = int(offsets[0]), int(offsets[-1])
+        tokens = ("item_ids", "timestamps", "actions", "target_ids", "query_times")
+        cut = {name: getattr(self, name)[start:stop] for name in tokens}
+        contextual = None if self.contextual is None else self.contextual[first:last]
+        return JaggedBatch(offsets=offsets - start, row_ids=self.row_ids[first:last], contextual=contextual, **cut)
 
     def to(self, device: torch.device) -> JaggedBatch:
         """The same batch on another device."""

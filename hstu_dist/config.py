@@ -251,9 +251,16 @@ _MAY_CHANGE = (
     "trainer.threads",
     "trainer.peak_flops",
     "trainer.device",
+    "trainer.micro_batches",
     "trainer.batching.balance",
 )
-_MAY_CHANGE_GROUPS = ("trainer.logging", "trainer.checkpoint", "trainer.profile", "trainer.timeout_seconds")
+_MAY_CHANGE_GROUPS = (
+    "trainer.logging",
+    "trainer.checkpoint",
+    "trainer.profile",
+    "trainer.timeout_seconds",
+    "trainer.parallel",
+)
 
 
 def difference(old: RunConfig, new: RunConfig) -> list[str]:

@@ -46,11 +46,27 @@ def preflight(config: RunConfig, world_size: int) -> Manifest:
             f"leave-one-out training needs at least {_LEAST_EVENTS}",
             "prepare a data set with more events per user",
         )
+    config.trainer.parallel.check(world_size)
+    check_micro_batches(config, world_size)
     check_plan(config, manifest.num_items, world_size)
     copies = config.trainer.checkpoint.keep + _CHECKPOINTS_AT_ONCE
     table_bytes = config.embedding.bytes_per_rank(manifest.num_items, config.model.width, world_size=1)
     RunFolder(config.run_dir).check(config, needed_bytes=table_bytes * copies + (1 << 20))
     return manifest
+
+
+def check_micro_batches(config: RunConfig, world_size: int) -> None:
+    """Whether a rank's share of a step can be cut into so many parts.
+
+    Raises:
+        UserError: the share has fewer sequences.
+    """
+    parts, share = config.trainer.micro_batches, config.trainer.global_batch_size / world_size
+    if parts > max(1, share):
+        raise UserError(
+            f"trainer.micro_batches: got {parts}, but a rank's share of a step has {share:g} sequences",
+            f"use at most {max(1, int(share))}, fewer ranks or a larger trainer.global_batch_size",
+        )
 
 
 def check_ranking(task: RankingConfig, loss: LossConfig, manifest: Manifest) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,13 @@ import pytest
 import torch
 
 from tests.tiny import write_tiny_dataset
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One compute thread where several test processes share the cores: OpenMP's threads spin while they wait."""
+    if hasattr(config, "workerinput"):
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -74,3 +74,19 @@ def test_the_advised_number_of_ranks_is_the_smallest_that_fits(tiny_data: Path, 
     with pytest.raises(UserError, match="use at least 4 ranks"):
         check_plan(config, num_items=4_000, world_size=3)
     check_plan(config, num_items=4_000, world_size=4)
+
+
+@pytest.mark.parametrize(("ranks", "parts", "most"), [(1, 9, 8), (2, 5, 4), (3, 3, 2), (16, 2, 1)])
+def test_a_share_cannot_be_cut_into_more_parts_than_it_has_sequences(
+    ranks: int, parts: int, most: int, tiny_data: Path, tmp_path: Path
+) -> None:
+    config = run(tmp_path, tiny_data, f"trainer.micro_batches={parts}")
+    with pytest.raises(UserError, match=rf"trainer.micro_batches: got {parts}, but .* has .* sequences") as caught:
+        preflight(config, ranks)
+    assert f"at most {most}," in caught.value.remedy
+    preflight(run(tmp_path, tiny_data, f"trainer.micro_batches={most}"), ranks)
+
+
+def test_how_ranks_share_the_tower_is_checked_before_they_start(tiny_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="got fsdp on 1 rank"):
+        preflight(run(tmp_path, tiny_data, "trainer.parallel.kind=fsdp"), 1)

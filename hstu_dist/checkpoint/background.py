@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.tensor import DTensor
 
 
 class HostCopies:
@@ -81,5 +82,8 @@ def _parts(name: str, value: Any) -> Iterator[tuple[MetadataIndex, Tensor]]:
     if isinstance(value, ShardedTensor):
         for shard in value.local_shards():
             yield MetadataIndex(name, shard.metadata.shard_offsets), shard.tensor
+    elif isinstance(value, DTensor):
+        (chunk,) = value.__create_chunk_list__()
+        yield MetadataIndex(name, chunk.offsets), value.to_local()
     else:
         yield MetadataIndex(name, [0] * value.dim()), value

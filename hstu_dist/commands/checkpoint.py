@@ -16,6 +16,7 @@ from hstu_dist.run_folder import RunFolder
 _BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 _TABLE = "table."
 _TOWER = "tower."
+_AVERAGE = "average."
 
 
 def inspect(path: Path, say: Callable[[str], None]) -> None:
@@ -70,7 +71,8 @@ def export(path: Path, output: Path, say: Callable[[str], None]) -> None:
     """Writes table and tower of a checkpoint as one safetensors file; all of it passes through memory.
 
     `item_table.weight` has a row for each item, in the order of the prepared data's items; the tower's tensors keep
-    their names, after `tower.`. State of optimizers stays behind.
+    their names, after `tower.`. A moving average of the weights, where the run
+    has one, takes their place. State of optimizers stays behind.
 
     Args:
         path: a checkpoint, or a run, of which the newest one is meant.
@@ -90,7 +92,11 @@ def export(path: Path, output: Path, say: Callable[[str], None]) -> None:
         check_file(folder, name, file)
     width = _model_width(folder)
     weights = {}
-    for name, record in manifest.tensors.items():
+    averaged = any(name.startswith(_AVERAGE) for name in manifest.tensors)
+    for stored, record in manifest.tensors.items():
+        if averaged and not stored.startswith(_AVERAGE):
+            continue
+        name = stored.removeprefix(_AVERAGE)
         if name.startswith(_TABLE):
             # stored rows are padded to a width that the kernels like
             weights["item_table.weight"] = read_whole(folder, record)[:, :width]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from hstu_dist.actions import WHOLE_WORD, ActionField, action_fields
-from hstu_dist.commands.session import Session
+from hstu_dist.commands.session import Session, average_of
 from hstu_dist.config import RunConfig
 from hstu_dist.data.config import prepare_command
 from hstu_dist.data.contextual import contextual_features
@@ -36,20 +36,18 @@ from hstu_dist.train.ranking import (
 from hstu_dist.train.step import Objective
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankingSession(Session):
     """What training and evaluation of a ranking model share.
 
     Attributes:
         ranker: the model; the same object as `recommender`.
-        shape: what it reads and predicts.
         heads: what it predicts, and from which part of the action.
         moments: where time is cut.
         contextual: [S, C] int64, codes of every user's contextual features.
     """
 
     ranker: Ranker
-    shape: RankingShape
     heads: HeadSet
     moments: Moments
     contextual: Ints
@@ -71,14 +69,25 @@ class RankingSession(Session):
         check_labels(dataset, heads, moments, prepare_command(config.data))
         features = contextual_features(config.data.path, dataset.manifest, task.contextual)
         shape = RankingShape(
+            num_items=dataset.num_items,
             actions=tuple((field, _levels(field, task.action_levels, dataset)) for field in fields),
             contextual=features.sizes,
             outputs=len(loss.heads),
             head_width=task.head_width or config.model.width,
         )
-        ranker = Ranker(dataset.num_items, config.model, shape, config.embedding, world.device, config.seed)
-        optimizers = Optimizers(ranker.tower, ranker.table.optimizer, config.optimizer)
-        return cls(config, world, dataset, ranker, optimizers, ranker, shape, heads, moments, features.codes)
+        ranker = Ranker(config.model, shape, config.embedding, world.device, config.seed, config.trainer.parallel)
+        return cls(
+            config=config,
+            world=world,
+            dataset=dataset,
+            recommender=ranker,
+            optimizers=Optimizers(ranker.tower, ranker.table.optimizer, config.optimizer),
+            average=average_of(ranker, config.optimizer.average_decay),
+            ranker=ranker,
+            heads=heads,
+            moments=moments,
+            contextual=features.codes,
+        )
 
     def objective(self) -> Objective:
         """What a step minimises."""
@@ -91,16 +100,17 @@ class RankingSession(Session):
 
     def workload(self, lengths: Sequence[int]) -> Workload:
         """Work of sequences of so many events."""
-        return ranking_work(self.config.model, lengths, len(self.shape.contextual))
+        return ranking_work(self.config.model, lengths, len(self.ranker.shape.contextual))
 
     def training_flops(self, work: Workload) -> int:
         """FLOPs that training on a batch needs: forward and backward of the tower and its heads."""
-        return count_ranking_flops(self.config.model, self.shape, work).training
+        return count_ranking_flops(self.config.model, self.ranker.shape, work).training
 
     def evaluate(self, split: Split) -> dict[str, float]:
-        """Metrics of the current weights on a split."""
-        batches = self.loader(split).epoch(0)
-        return evaluate_ranking(self.ranker, batches, self.heads, self.moments.before(split))
+        """Metrics of the current weights on a split, or of their average where there is one."""
+        with self.averaged():
+            batches = self.loader(split).epoch(0)
+            return evaluate_ranking(self.ranker, batches, self.heads, self.moments.before(split))
 
     def evaluate_popularity(self, split: Split) -> dict[str, float]:
         """Metrics of predicting each item's average over all training events."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -16,6 +17,7 @@ from hstu_dist.distributed.process_group import World
 from hstu_dist.distributed.ranker import Ranker
 from hstu_dist.distributed.recommender import Recommender
 from hstu_dist.models.flops import Workload, count_flops
+from hstu_dist.train.average import WeightAverage
 from hstu_dist.train.evaluate import evaluate, evaluate_popularity
 from hstu_dist.train.optimizer import Optimizers
 from hstu_dist.train.retrieval import RetrievalObjective
@@ -24,22 +26,35 @@ from hstu_dist.train.step import Objective
 
 @dataclass(frozen=True)
 class Session:
-    """What training and evaluation share; of a retrieval run, unless a subclass says otherwise."""
+    """What training and evaluation share; of a retrieval run, unless a subclass says otherwise.
+
+    Attributes:
+        config: the run.
+        world: this rank among the others.
+        dataset: what it trains on.
+        recommender: the model.
+        optimizers: of its tower and table.
+        average: of its weights; None: none is configured.
+    """
 
     config: RunConfig
     world: World
     dataset: SequenceDataset
     recommender: Recommender | Ranker
     optimizers: Optimizers
+    average: WeightAverage | None = None
 
     @classmethod
     def build(cls, config: RunConfig, world: World) -> Self:
         """Opens the data and builds the model, the same at any world size for a seed."""
         dataset = SequenceDataset.open(config.data.path)
         model, _ = config.retrieval
-        recommender = Recommender(dataset.num_items, model, config.embedding, world.device, config.seed)
+        recommender = Recommender(
+            dataset.num_items, model, config.embedding, world.device, config.seed, config.trainer.parallel
+        )
         optimizers = Optimizers(recommender.tower, recommender.table.optimizer, config.optimizer)
-        return cls(config, world, dataset, recommender, optimizers)
+        average = average_of(recommender, config.optimizer.average_decay)
+        return cls(config, world, dataset, recommender, optimizers, average)
 
     @property
     def shard(self) -> Shard:
@@ -63,6 +78,7 @@ class Session:
             split=split,
             global_batch_size=trainer.global_batch_size if training else trainer.evaluation.batch_size,
             max_length=self.config.data.max_length,
+            window=self.config.data.window if training else "recent",
             seed=self.config.seed,
             shuffle=training,
             batching=trainer.batching if training else BatchingConfig(),
@@ -90,8 +106,13 @@ class Session:
         return count_flops(model, work, loss.scores_per_token(self.dataset.num_items)).training
 
     def evaluate(self, split: Split) -> dict[str, float]:
-        """Metrics of the current weights on a split."""
-        return evaluate(self._retriever, self.loader(split).epoch(0), self.config.trainer.evaluation.cutoffs)
+        """Metrics of the current weights on a split, or of their average where there is one."""
+        with self.averaged():
+            return evaluate(self._retriever, self.loader(split).epoch(0), self.config.trainer.evaluation.cutoffs)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the model's weights are those to be used: their average where there is one."""
+        return nullcontext() if self.average is None else self.average.applied()
 
     def evaluate_popularity(self, split: Split) -> dict[str, float]:
         """Metrics of the popularity baseline on a split."""
@@ -100,13 +121,24 @@ class Session:
 
     def tensors(self) -> dict[str, Any]:
         """Every tensor of the run, plain or sharded, under one flat name each; views, not copies."""
-        recommender, optimizers = self.recommender, self.optimizers
-        flat: dict[str, Any] = {f"tower.{name}": value for name, value in recommender.tower.state_dict().items()}
-        flat |= {f"table.{name}": value for name, value in recommender.table.sharded.state_dict().items()}
-        flat |= {f"optimizer.{name}": value for name, value in optimizers.state_tensors().items()}
-        table_state = recommender.table.optimizer.state_tensors()
+        flat = _weights(self.recommender)
+        if self.average is not None:
+            flat |= {f"average.{name}": value for name, value in self.average.averages.items()}
+        flat |= {f"optimizer.{name}": value for name, value in self.optimizers.state_tensors().items()}
+        table_state = self.recommender.table.optimizer.state_tensors()
         flat |= {f"table_optimizer.{name}": value for name, value in table_state.items()}
         return flat
+
+
+def average_of(recommender: Recommender | Ranker, decay: float | None) -> WeightAverage | None:
+    """The moving average of a model's weights; None: there is no decay."""
+    return None if decay is None else WeightAverage(_weights(recommender), decay)
+
+
+def _weights(recommender: Recommender | Ranker) -> dict[str, Any]:
+    """Weights of tower and table under the names that checkpoints use."""
+    flat: dict[str, Any] = {f"tower.{name}": value for name, value in recommender.tower.state_dict().items()}
+    return flat | {f"table.{name}": value for name, value in recommender.table.sharded.state_dict().items()}
 
 
 def sequence_cost(flops: Callable[[int], int], longest: int) -> CostLaw:

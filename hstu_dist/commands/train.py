@@ -22,7 +22,7 @@ from hstu_dist.distributed.process_group import World, claim_machine, process_gr
 from hstu_dist.errors import UserError
 from hstu_dist.preflight import preflight
 from hstu_dist.run_folder import RunFolder
-from hstu_dist.train.hooks import CheckpointHook, EvaluateHook, LogHook, ProfileHook, TrackTestHook
+from hstu_dist.train.hooks import AverageHook, CheckpointHook, EvaluateHook, LogHook, ProfileHook, TrackTestHook
 from hstu_dist.train.metrics_log import MetricsLog
 from hstu_dist.train.state import TrainState
 from hstu_dist.train.step import TrainStep
@@ -114,7 +114,7 @@ def _announce(session: Session, state: TrainState, say: Callable[[str], None]) -
 def _fit(session: Session, checkpoints: CheckpointManager, state: TrainState, folder: RunFolder) -> bool:
     """Trains to the end; False if somebody asked to stop."""
     config, world = session.config, session.world
-    step = TrainStep(session.objective(), session.optimizers, world)
+    step = TrainStep(session.objective(), session.optimizers, world, config.trainer.micro_batches)
     with contextlib.ExitStack() as stack:
         # one rank looks for the file; the ranks agree before each step
         stop_requested = stack.enter_context(stop_requests(folder.stop_file if world.is_main else None))
@@ -133,6 +133,7 @@ def _fit(session: Session, checkpoints: CheckpointManager, state: TrainState, fo
             peak_flops=job_peak_flops(config.trainer.peak_flops, world),
             hooks=[
                 LogHook(config.trainer.logging, log, session.training_flops),
+                *([] if session.average is None else [AverageHook(session.average)]),
                 ProfileHook(config.trainer.profile, folder.path),
                 *_evaluation_hooks(session, log),
                 CheckpointHook(config.trainer.checkpoint, checkpoints, session.tensors),

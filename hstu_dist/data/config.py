@@ -29,6 +29,9 @@ class Duplicates(StrEnum):
     KEEP = "keep"
 
 
+WindowName = Literal["recent", "random"]
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class StochasticLengthConfig:
     """Training on random subsequences of long histories (arXiv 2402.17152, section 3.2).
@@ -58,6 +61,8 @@ class MovieLensConfig:
         kind: `ml1m` (6,040 users) or `ml100k` (943 users).
         path: folder of the prepared data set; empty: data/<kind>.
         max_length: history tokens given to the model; older events are cut at loading, not at preparation.
+        window: which inputs of a longer history training sees: recent, the last max_length as in evaluation; or random,
+            any max_length that follow each other, drawn anew every epoch.
         stochastic_length: random subsequences in training; null: whole histories.
         archive: the official archive (ml-1m.zip) or its ratings file, downloaded by hand; None: fetch it.
     """
@@ -65,6 +70,7 @@ class MovieLensConfig:
     kind: Literal["ml1m", "ml100k"]
     path: str = ""
     max_length: int = Field(default=200, gt=0)
+    window: WindowName = "recent"
     stochastic_length: StochasticLengthConfig | None = None
     archive: str | None = None
 
@@ -82,6 +88,8 @@ class EventsConfig:
             files of one format; None: only an already prepared data set can be used.
         path: folder of the prepared data set; empty: data/<kind>.
         max_length: history tokens given to the model; older events are cut at loading, not at preparation.
+        window: which inputs of a longer history training sees: recent, the last max_length as in evaluation; or random,
+            any max_length that follow each other, drawn anew every epoch.
         stochastic_length: random subsequences in training; null: whole histories.
         user_column: int64 or text ids.
         item_column: int64 or text ids.
@@ -97,6 +105,7 @@ class EventsConfig:
     input: str | None = None
     path: str = ""
     max_length: int = Field(default=200, gt=0)
+    window: WindowName = "recent"
     stochastic_length: StochasticLengthConfig | None = None
     user_column: str = Field(default="user_id", min_length=1)
     item_column: str = Field(default="item_id", min_length=1)
@@ -124,6 +133,8 @@ class AmazonConfig:
         kind: `amazon_beauty`, `amazon_sports` (Sports and Outdoors) or `amazon_toys` (Toys and Games).
         path: folder of the prepared data set; empty: data/<kind>.
         max_length: history tokens given to the model; older events are cut at loading, not at preparation.
+        window: which inputs of a longer history training sees: recent, the last max_length as in evaluation; or random,
+            any max_length that follow each other, drawn anew every epoch.
         stochastic_length: random subsequences in training; null: whole histories.
         source: path or URL of the category's reviews (.json, .json.gz) or ratings (.csv, .csv.gz); None: fetch the
             official 5-core reviews.
@@ -132,6 +143,7 @@ class AmazonConfig:
     kind: Literal["amazon_beauty", "amazon_sports", "amazon_toys"]
     path: str = ""
     max_length: int = Field(default=50, gt=0)
+    window: WindowName = "recent"
     stochastic_length: StochasticLengthConfig | None = None
     source: str | None = Field(default=None, min_length=1)
 
@@ -149,6 +161,8 @@ class SyntheticZipfConfig:
         kind: `synthetic_zipf`.
         path: folder of the prepared data set; empty: data/<kind>.
         max_length: history tokens given to the model; older events are cut at loading, not at preparation.
+        window: which inputs of a longer history training sees: recent, the last max_length as in evaluation; or random,
+            any max_length that follow each other, drawn anew every epoch.
         stochastic_length: random subsequences in training; null: whole histories.
         num_users: sequences.
         num_items: item ids are 0 to num_items - 1; popular ones lie anywhere.
@@ -162,6 +176,7 @@ class SyntheticZipfConfig:
     kind: Literal["synthetic_zipf"] = "synthetic_zipf"
     path: str = ""
     max_length: int = Field(default=4096, gt=0)
+    window: WindowName = "recent"
     stochastic_length: StochasticLengthConfig | None = None
     num_users: int = Field(default=20_000, gt=0)
     num_items: int = Field(default=100_000, gt=0, le=2**31)
@@ -212,7 +227,8 @@ class LoaderConfig:
     Attributes:
         split: which part of every sequence.
         global_batch_size: sequences in a batch, summed over all ranks; unless `batching` sets a budget.
-        max_length: most recent inputs kept of every sequence.
+        max_length: inputs kept of every sequence.
+        window: which ones: the most recent, or random ones that follow each other.
         seed: with the epoch number, determines the order and the subsequences.
         shuffle: a new order every epoch, or data set order.
         batching: how batches are cut and shared out.
@@ -224,6 +240,7 @@ class LoaderConfig:
     split: Split
     global_batch_size: int = Field(gt=0)
     max_length: int = Field(default=200, gt=0)
+    window: WindowName = "recent"
     seed: int = Field(default=0, ge=0)
     shuffle: bool = True
     batching: BatchingConfig = Field(default_factory=BatchingConfig)

@@ -21,11 +21,15 @@ from hstu_dist.data.balance import (
     largest_item_bound,
 )
 from hstu_dist.data.config import BatchingConfig, LoaderConfig
+from hstu_dist.data.draws import uniform, words
 from hstu_dist.data.split import Rows
 from hstu_dist.data.stochastic_length import StochasticLength
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+
+_WINDOWS = 1
+"""Use of a sequence's random numbers; Stochastic Length has the ones without a number of their use."""
 
 
 class EpochPlanner:
@@ -46,6 +50,7 @@ class EpochPlanner:
         """The epoch, >= 0."""
         rows = self.rows
         order = self._order(epoch)
+        starts = rows.starts if self.config.window == "recent" else random_starts(rows, self.config.seed, epoch)
         lengths = rows.lengths
         if self.stochastic_length is not None:
             lengths = self.stochastic_length.kept_lengths(rows.sequences, lengths, epoch)
@@ -53,7 +58,7 @@ class EpochPlanner:
             bounds = np.minimum(np.arange(self.num_batches + 1) * self.config.global_batch_size, len(order))
         else:
             bounds = equal_cost_bounds(self._budgeted.of(lengths[order]), self.num_batches)
-        return EpochLayout(epoch=epoch, order=order, lengths=lengths, bounds=bounds, config=self.config)
+        return EpochLayout(epoch=epoch, order=order, starts=starts, lengths=lengths, bounds=bounds, config=self.config)
 
     @property
     def _budgeted(self) -> CostLaw:
@@ -91,6 +96,7 @@ class EpochLayout:
     Attributes:
         epoch: which one.
         order: [R] int64, indices into the rows of the split, batch after batch.
+        starts: [R] int64, first input that each row of the split has in this epoch, counted within its sequence.
         lengths: [R] int64, inputs that each row of the split has in this epoch.
         bounds: [batches + 1] int64; batch b is order[bounds[b] : bounds[b + 1]].
         config: of the loader.
@@ -98,6 +104,7 @@ class EpochLayout:
 
     epoch: int
     order: Ints
+    starts: Ints
     lengths: Ints
     bounds: Ints
     config: LoaderConfig
@@ -123,6 +130,19 @@ class EpochLayout:
 
     def _costs(self, rows: Ints) -> Floats:
         return self.config.cost.of(self.lengths[rows])
+
+
+def random_starts(rows: Rows, seed: int, epoch: int) -> Ints:
+    """[R] int64, where each row's inputs begin if any that follow each other will do, all equally likely.
+
+    Args:
+        rows: of a split, with their most recent inputs.
+        seed: with `epoch` and a row's sequence, decides.
+        epoch: >= 0.
+    """
+    choices = rows.starts + 1
+    starts: Ints = (uniform(words(rows.sequences, seed, epoch, _WINDOWS)) * choices).astype(np.int64)
+    return starts
 
 
 def owners_of(costs: Floats, ranks: int, config: BatchingConfig) -> Ints:

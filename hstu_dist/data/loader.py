@@ -107,14 +107,16 @@ class BatchLoader:
         sequences, kept = self._rows.sequences[rows], layout.lengths[rows]
         history = History(
             sequences=sequences,
-            firsts=data.offsets[sequences] + self._rows.starts[rows],
+            firsts=data.offsets[sequences] + layout.starts[rows],
             lengths=self._rows.lengths[rows],
             kept=kept,
         )
         law = self._planner.stochastic_length
         inputs = spans(history.firsts, kept) if law is None else law.events(history, data.timestamps, layout.epoch)
         offsets = np.concatenate(([0], np.cumsum(kept)))
-        lasts = offsets[1:] - 1, data.offsets[sequences] + self._rows.targets[rows]
+        # by time, no event need follow the last input: it stands for itself
+        ahead = 1 if self.config.moments is None else 0
+        lasts = offsets[1:] - 1, history.firsts + history.lengths - 1 + ahead
         items, times = data.item_ids[inputs], data.timestamps[inputs]
         return JaggedBatch(
             offsets=torch.from_numpy(offsets),

@@ -41,13 +41,13 @@ class Rows:
         sequences: [R] int64, ascending indices into the data set.
         starts: [R] int64, first input event, counted within the sequence.
         lengths: [R] int64 >= 1, number of inputs; the target of each is the event after it.
-        targets: [R] int64, the event after the last input, counted within the sequence.
+
+    The inputs are the most recent ones: `starts` is also how many earlier ones there are.
     """
 
     sequences: Ints
     starts: Ints
     lengths: Ints
-    targets: Ints
 
 
 def part_lengths(lengths: Ints, split: Split) -> Ints:
@@ -84,7 +84,7 @@ def split_rows(lengths: Ints, split: Split, max_length: int) -> Rows:
     sequences = np.flatnonzero(inputs >= 1).astype(np.int64)
     inputs = inputs[sequences]
     starts = np.maximum(inputs - max_length, 0)
-    return Rows(sequences=sequences, starts=starts, lengths=inputs - starts, targets=inputs)
+    return Rows(sequences=sequences, starts=starts, lengths=inputs - starts)
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,7 @@ def time_rows(offsets: Ints, timestamps: Ints, moments: Moments, split: Split, m
     sequences = np.flatnonzero(ends > history).astype(np.int64)
     ends = ends[sequences]
     starts = np.maximum(ends - max_length, 0)
-    # no event follows the last input as its target: it stands for itself
-    return Rows(sequences=sequences, starts=starts, lengths=ends - starts, targets=ends - 1)
+    return Rows(sequences=sequences, starts=starts, lengths=ends - starts)
 
 
 def _events_until(offsets: Ints, timestamps: Ints, moment: int) -> Ints:

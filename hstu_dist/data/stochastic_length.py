@@ -9,15 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from hstu_dist.data.config import StochasticLengthConfig
+from hstu_dist.data.draws import GOLDEN, Floats, Ints, Words, mix, uniform, words
 
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
-Words = npt.NDArray[np.uint64]
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _KEY_BITS = 31
 """Bits of a float32 without its sign; positive floats are in the order of their bits."""
 
@@ -64,8 +59,8 @@ class StochasticLength:
         Returns:
             [B] int64.
         """
-        uniform = _uniform(_mix(self._states(sequences, epoch)))
-        return np.where(uniform < self.keep_probability(lengths), lengths, np.minimum(lengths, self.cut_length))
+        drawn = uniform(mix(words(sequences, self.seed, epoch)))
+        return np.where(drawn < self.keep_probability(lengths), lengths, np.minimum(lengths, self.cut_length))
 
     def events(self, history: History, timestamps: Ints, epoch: int) -> Ints:
         """Which events are inputs.
@@ -100,7 +95,7 @@ class StochasticLength:
         starts = np.cumsum(history.lengths) - history.lengths
         owners = np.repeat(np.arange(len(starts)), history.lengths)
         positions = np.arange(len(events)) - starts[owners]
-        noise = _mix(self._states(history.sequences, epoch)[owners] + (positions + 1).astype(np.uint64) * _GOLDEN)
+        noise = mix(words(history.sequences, self.seed, epoch)[owners] + (positions + 1).astype(np.uint64) * GOLDEN)
         if self.config.selection == "weighted":
             keys = _race(noise, _recency_weights(timestamps[events], starts, history.lengths))
         else:
@@ -114,11 +109,6 @@ class StochasticLength:
         chosen = np.zeros(len(events), dtype=np.bool_)
         chosen[smallest + np.repeat(starts, history.kept)] = True
         return events[chosen]
-
-    def _states(self, sequences: Ints, epoch: int) -> Words:
-        """[B] a random number of every sequence in an epoch."""
-        key = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)
-        return _mix(sequences.astype(np.uint64) * _GOLDEN + key)
 
 
 def spans(firsts: Ints, lengths: Ints) -> Ints:
@@ -139,18 +129,6 @@ def _recency_weights(times: Ints, starts: Ints, lengths: Ints) -> Floats:
 
 def _race(noise: Words, weights: Floats) -> Ints:
     """Keys whose smallest k are a draw of k without replacement: exponential arrival times, ordered as integers."""
-    arrivals = -np.log(_uniform(noise)) / np.maximum(weights, 1e-30)
+    arrivals = -np.log(uniform(noise)) / np.maximum(weights, 1e-30)
     keys: Ints = arrivals.astype(np.float32).view(np.int32).astype(np.int64)
     return keys
-
-
-def _uniform(words: Words) -> Floats:
-    """Numbers in (0, 1)."""
-    return ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-
-
-def _mix(x: Words) -> Words:
-    """splitmix64's finaliser."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

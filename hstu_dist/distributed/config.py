@@ -1,4 +1,4 @@
-"""Settings of embedding tables and their sharding; importable without torch."""
+"""Settings of embedding tables, their sharding, and of the tower's; importable without torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from hstu_dist.errors import UserError
 from hstu_dist.validation import STRICT
 
 _LANES = 4
@@ -83,3 +84,42 @@ class EmbeddingConfig:
 def stored_width(width: int) -> int:
     """Elements that a row of `width` takes in the table, on every device alike: checkpoints move between them."""
     return -(-width // _LANES) * _LANES
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ParallelConfig:
+    """How the ranks share the tower and the state of its optimizer; tables have a sharding of their own.
+
+    Attributes:
+        kind: ddp keeps a copy on every rank; fsdp splits every tensor over all ranks (FSDP2); hsdp splits it over the
+            ranks of a group and keeps a copy in each group (hybrid FSDP2).
+        shard_ranks: neighbouring ranks of a group, usually those of one machine; of hsdp only, null for the others.
+    """
+
+    kind: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    shard_ranks: int | None = Field(default=None, gt=1)
+
+    def __post_init__(self) -> None:
+        if (self.kind == "hsdp") != (self.shard_ranks is not None):
+            expected = "the ranks of a group, of hsdp" if self.kind == "hsdp" else f"null: {self.kind} has no groups"
+            raise ValueError(f"shard_ranks: got {self.shard_ranks}, expected {expected}")
+
+    def check(self, world_size: int) -> None:
+        """Whether so many ranks can be arranged that way.
+
+        Raises:
+            UserError: they cannot.
+        """
+        if self.kind == "ddp":
+            return
+        if world_size == 1:
+            raise UserError(
+                f"trainer.parallel.kind: got {self.kind} on 1 rank, which has nothing to share",
+                "use trainer.parallel.kind=ddp or more ranks",
+            )
+        group = self.shard_ranks
+        if group is not None and (world_size % group or world_size == group):
+            raise UserError(
+                f"trainer.parallel.shard_ranks: got {group}, expected a divisor of the {world_size} ranks, and smaller",
+                "use one, such as the ranks of a machine, or trainer.parallel.kind=fsdp",
+            )

@@ -1,14 +1,15 @@
-"""The ranking model on one rank: the sharded item table and a data-parallel ranking tower."""
+"""The ranking model on one rank: the sharded item table and a ranking tower that the ranks share."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from hstu_dist.batch import JaggedBatch
-from hstu_dist.distributed.config import EmbeddingConfig
+from hstu_dist.distributed.config import EmbeddingConfig, ParallelConfig
+from hstu_dist.distributed.parallel import ParallelTower
 from hstu_dist.distributed.recommender import whole_table
 from hstu_dist.distributed.tables import ItemTable, TableShape
 from hstu_dist.models.config import DLRMConfig, ModelConfig
@@ -19,29 +20,27 @@ from hstu_dist.ops import backends
 
 
 class Ranker(nn.Module):
-    """Item table and ranking tower. All ranks call every method together, but `predict_local`."""
+    """Item table and ranking tower. All ranks call every method together."""
 
     def __init__(
         self,
-        num_items: int,
         model: ModelConfig,
         shape: RankingShape,
         embedding: EmbeddingConfig,
         device: torch.device,
         seed: int,
+        parallel: ParallelConfig,
     ) -> None:
         super().__init__()
-        self.num_items = num_items
-        self.table = ItemTable(TableShape(num_items, model.width), embedding, device, seed)
+        self.shape = shape
+        self.table = ItemTable(TableShape(shape.num_items, model.width), embedding, device, seed)
         torch.manual_seed(seed)
         self.tower: RankingTower | DLRMTower
         if isinstance(model, DLRMConfig):
             self.tower = DLRMTower(model, shape, device, backends.row_kernels(backends.fastest(device)))
         else:
             self.tower = RankingTower(model, shape, device)
-        self._parallel: nn.Module = self.tower
-        if dist.get_world_size() > 1:
-            self._parallel = DistributedDataParallel(self.tower, gradient_as_bucket_view=True)
+        self._parallel = ParallelTower(self.tower, parallel)
 
     def predict(self, items_ED: Tensor, batch: JaggedBatch, noise_key: int) -> Tensor:
         """Predictions [E, K] of every event; the backward averages over ranks.
@@ -54,9 +53,13 @@ class Ranker(nn.Module):
         predicted: Tensor = self._parallel(items_ED, batch, noise_key)
         return predicted
 
+    def exchanging(self, wanted: bool) -> AbstractContextManager[None]:
+        """Around `predict` and its backward: whether this backward averages; else its gradients stay on this rank."""
+        return self._parallel.exchanging(wanted)
+
     @torch.no_grad()
     def predict_local(self, items_ED: Tensor, batch: JaggedBatch) -> Tensor:
-        """As `predict` in evaluation, without any communication: ranks may call it any number of times."""
+        """As `predict` in evaluation; where the tower is sharded, all ranks call it equally often."""
         predicted: Tensor = self.tower(items_ED, batch, None)
         return predicted
 

@@ -1,14 +1,15 @@
-"""The recommender on one rank: a sharded item table and a data-parallel tower."""
+"""The recommender on one rank: a sharded item table and a tower that the ranks share."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from hstu_dist.batch import JaggedBatch
-from hstu_dist.distributed.config import EmbeddingConfig
+from hstu_dist.distributed.config import EmbeddingConfig, ParallelConfig
+from hstu_dist.distributed.parallel import ParallelTower
 from hstu_dist.distributed.tables import ItemTable, TableShape
 from hstu_dist.models.config import HSTUConfig, TransformerConfig
 from hstu_dist.models.context import sequence_context
@@ -27,6 +28,7 @@ class Recommender(nn.Module):
         embedding: EmbeddingConfig,
         device: torch.device,
         seed: int,
+        parallel: ParallelConfig,
     ) -> None:
         super().__init__()
         self.num_items = num_items
@@ -34,9 +36,7 @@ class Recommender(nn.Module):
         self.table = ItemTable(TableShape(num_items, model.width), embedding, device, seed)
         torch.manual_seed(seed)
         self.tower = Tower(model, device)
-        self._parallel: nn.Module = self.tower
-        if dist.get_world_size() > 1:
-            self._parallel = DistributedDataParallel(self.tower, gradient_as_bucket_view=True)
+        self._parallel = ParallelTower(self.tower, parallel)
 
     def encode(self, items_TD: Tensor, batch: JaggedBatch, noise_key: int) -> Tensor:
         """Unit vectors [T, D] that score the item after each event; the backward averages over ranks.
@@ -49,9 +49,13 @@ class Recommender(nn.Module):
         vectors: Tensor = self._parallel(items_TD, sequence_context(batch, self.max_length, noise_key))
         return vectors
 
+    def exchanging(self, wanted: bool) -> AbstractContextManager[None]:
+        """Around `encode` and its backward: whether this backward averages; else its gradients stay on this rank."""
+        return self._parallel.exchanging(wanted)
+
     @torch.no_grad()
     def encode_local(self, items_TD: Tensor, batch: JaggedBatch) -> Tensor:
-        """As `encode` in evaluation, without any communication: ranks may call it any number of times."""
+        """As `encode` in evaluation; where the tower is sharded, all ranks call it equally often."""
         vectors: Tensor = self.tower(items_TD, sequence_context(batch, self.max_length, noise_key=None))
         return vectors
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hstu_dist.models.config import HSTUConfig
-from hstu_dist.models.context import SequenceContext
-from hstu_dist.ops.attention import hstu_attention
+from hstu_dist.models.context import Context, QueriesKeysValues
 from hstu_dist.ops.bias import NUM_TIME_BUCKETS, RelativeBias
 from hstu_dist.ops.random import Drop
 from hstu_dist.ops.row_kernels import RowKernels
@@ -62,19 +61,15 @@ class HSTULayer(nn.Module):
         if self.uvqk.bias is not None:
             nn.init.zeros_(self.uvqk.bias)
 
-    def forward(self, x_TD: Tensor, context: SequenceContext, layer: int) -> Tensor:
+    def forward(self, x_TD: Tensor, context: Context, layer: int) -> Tensor:
         """[T, D] → [T, D]; `layer` tells the random streams of the layers apart."""
         T, H = x_TD.shape[0], self.heads
         HV, HQ = H * self.value_width, H * self.qk_width
         u, v, q, k = project_silu(x_TD, self._projection(), (HV, HV, HQ, HQ), self.rows)
-        attended_THV = hstu_attention(
-            q.view(T, H, self.qk_width),
-            k.view(T, H, self.qk_width),
-            v.view(T, H, self.value_width),
-            context.layout,
-            self.spec,
-            self._bias(context),
+        qkv = QueriesKeysValues(
+            q.view(T, H, self.qk_width), k.view(T, H, self.qk_width), v.view(T, H, self.value_width)
         )
+        attended_THV = context.attend(layer, qkv, self.spec, self._bias(context))
         noise = None if context.noise is None else context.noise.stream(layer)
         return self._output(x_TD, attended_THV.flatten(1), u, drop_of(noise, self.dropout))
 
@@ -96,7 +91,7 @@ class HSTULayer(nn.Module):
         projected: Tensor = self.output(dropout(gated, drop, self.rows))
         return x_TD + projected
 
-    def _bias(self, context: SequenceContext) -> RelativeBias | None:
+    def _bias(self, context: Context) -> RelativeBias | None:
         if self.position_weight is None:
             return None
         if self.time_weight is None:
@@ -116,7 +111,7 @@ class HSTU(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(HSTULayer(config, backend, rows) for _ in range(config.num_layers))
 
-    def forward(self, x_TD: Tensor, context: SequenceContext) -> Tensor:
+    def forward(self, x_TD: Tensor, context: Context) -> Tensor:
         """[T, D] → [T, D]."""
         for index, layer in enumerate(self.layers):
             x_TD = layer(x_TD, context, index)

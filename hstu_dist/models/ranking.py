@@ -115,6 +115,11 @@ class RankingTower(nn.Module):
         self.heads = Heads(config.width, shape)
         self.to(device)
 
+    @property
+    def encoder(self) -> nn.Module:
+        """The stack of layers over the tokens."""
+        return self.tower.encoder
+
     def forward(self, items_ED: Tensor, batch: JaggedBatch, noise_key: int | None) -> Tensor:
         """Predictions of every event.
 

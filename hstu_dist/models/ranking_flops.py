@@ -55,8 +55,8 @@ def count_ranking_flops(config: ModelConfig, shape: RankingShape, work: Workload
     return FlopCount(projections=encoder.projections, attention=encoder.attention, scores=2 * work.predictions * heads)
 
 
-def count_ranking_parameters(config: ModelConfig, shape: RankingShape, num_items: int) -> ParameterCount:
-    """Parameters of the ranking tower and of an item table of `num_items` rows."""
+def count_ranking_parameters(config: ModelConfig, shape: RankingShape) -> ParameterCount:
+    """Parameters of the ranking tower and of the item table."""
     D = config.width
     rows = sum(levels for _, levels in shape.actions) + sum(size + 1 for size in shape.contextual)
     if isinstance(config, DLRMConfig):
@@ -66,8 +66,8 @@ def count_ranking_parameters(config: ModelConfig, shape: RankingShape, num_items
         )
         weights = sum(inputs * outputs for inputs, outputs in _dlrm_layers(config, shape))
         parts = {"positions": 0, "projections": weights + biases, "norms": 0, "relative_bias": 0}
-        return ParameterCount(**parts, features=rows * D, table=num_items * D)
-    encoder = count_parameters(token_encoder(config, len(shape.contextual)), num_items)
+        return ParameterCount(**parts, features=rows * D, table=shape.num_items * D)
+    encoder = count_parameters(token_encoder(config, len(shape.contextual)), shape.num_items)
     heads = (D + 1) * shape.head_width + (shape.head_width + 1) * shape.outputs
     return ParameterCount(
         positions=encoder.positions,

@@ -19,12 +19,14 @@ class RankingShape:
     """What a ranking model reads and predicts.
 
     Attributes:
+        num_items: rows of the item table.
         actions: fields of the action word, each with the number of its levels (see `models.ranking.field_levels`).
         contextual: number of values of each contextual feature; a code outside of it stands for an unknown value.
         outputs: K, numbers predicted for each event.
         head_width: hidden width of the heads.
     """
 
+    num_items: int
     actions: tuple[tuple[ActionField, int], ...]
     contextual: tuple[int, ...]
     outputs: int

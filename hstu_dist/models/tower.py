@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hstu_dist.models.config import HSTUConfig, TransformerConfig
-from hstu_dist.models.context import SequenceContext
+from hstu_dist.models.context import Context
 from hstu_dist.models.hstu import HSTU
 from hstu_dist.models.transformer import Transformer
 from hstu_dist.ops import backends
@@ -43,7 +43,7 @@ class Tower(nn.Module):
             self.encoder = Transformer(config, backend, self.rows)
         self.to(device)
 
-    def forward(self, items_TD: Tensor, context: SequenceContext) -> Tensor:
+    def forward(self, items_TD: Tensor, context: Context) -> Tensor:
         """Unit vectors that score the item after each event.
 
         Args:
@@ -55,7 +55,7 @@ class Tower(nn.Module):
         """
         return unit_rows(self.encode(items_TD, context))
 
-    def encode(self, tokens_TD: Tensor, context: SequenceContext) -> Tensor:
+    def encode(self, tokens_TD: Tensor, context: Context) -> Tensor:
         """[T, D], what the encoder makes of [T, D] embedded tokens; of no particular length."""
         x = tokens_TD * self.width**0.5 + self.position(context.positions)
         drop = drop_of(context.noise and context.noise.stream(_INPUT_STREAM), self.dropout)

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hstu_dist.models.config import TransformerConfig
-from hstu_dist.models.context import SequenceContext
-from hstu_dist.ops.attention import hstu_attention
+from hstu_dist.models.context import Context, QueriesKeysValues
 from hstu_dist.ops.random import TokenNoise
 from hstu_dist.ops.row_kernels import RowKernels
 from hstu_dist.ops.rows import drop_of, dropout
@@ -42,16 +41,15 @@ class TransformerBlock(nn.Module):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, x_TD: Tensor, context: SequenceContext, layer: int) -> Tensor:
+    def forward(self, x_TD: Tensor, context: Context, layer: int) -> Tensor:
         """[T, D] → [T, D]; `layer` tells the random streams of the layers apart."""
         T, D = x_TD.shape
         heads = (T, self.heads, D // self.heads)
         noise = None if context.noise is None else context.noise.stream(layer)
         queries = self.query_norm(x_TD)
         k, v = self.key_value(x_TD).split(D, dim=1)
-        attended = hstu_attention(
-            self.query(queries).view(heads), k.view(heads), v.view(heads), context.layout, self.spec
-        ).reshape(T, D)
+        qkv = QueriesKeysValues(self.query(queries).view(heads), k.view(heads), v.view(heads))
+        attended = context.attend(layer, qkv, self.spec, None).reshape(T, D)
         x_TD = self.ffn_norm(queries + self._dropped(self.output(attended), noise, 0))
         hidden = self._dropped(F.relu(self.ffn_in(x_TD)), noise, 1)
         return x_TD + self._dropped(self.ffn_out(hidden), noise, 2)
@@ -67,7 +65,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(TransformerBlock(config, backend, rows) for _ in range(config.num_layers))
 
-    def forward(self, x_TD: Tensor, context: SequenceContext) -> Tensor:
+    def forward(self, x_TD: Tensor, context: Context) -> Tensor:
         """[T, D] → [T, D]."""
         for index, layer in enumerate(self.layers):
             x_TD = layer(x_TD, context, index)

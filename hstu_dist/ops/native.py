@@ -12,6 +12,7 @@ import functools
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hstu_dist.ops.bias import NUM_TIME_BUCKETS, time_bucket
@@ -54,7 +55,7 @@ def backward(call: AttentionCall, out: Tensor, lse: Tensor, grad_out: Tensor, is
     q, k, v = (torch.empty(x.shape, dtype=arguments.dtype) for x in (call.q, call.k, call.v))
     position, time = (
         None if w is None else torch.empty(w.shape, dtype=torch.float64)
-        for w in (call.position_weight, call.time_weight)
+        for w in (arguments.position_weight, call.time_weight)
     )
     out, grad_out = out.to(arguments.dtype), grad_out.to(arguments.dtype)
     arguments.point(out=out, lse=lse, grad_out=grad_out)
@@ -63,6 +64,8 @@ def backward(call: AttentionCall, out: Tensor, lse: Tensor, grad_out: Tensor, is
         arguments.point(row_sums=torch.zeros(2, *lse.shape, dtype=torch.float64), row_claims=claims)
     arguments.point(grad_q=q, grad_k=k, grad_v=v, grad_position=position, grad_time=time)
     _check(LIBRARY.hstu_backward(ctypes.byref(arguments.struct)))
+    if position is not None:
+        position = position[arguments.spare : position.numel() - arguments.spare]
     return Gradients(
         q.to(call.q.dtype),
         k.to(call.k.dtype),
@@ -79,6 +82,12 @@ class _Arguments:
         self.dtype = torch.float64 if call.q.dtype == torch.float64 else torch.float32
         q, k, v = (x.to(self.dtype) for x in (call.q, call.k, call.v))
         position, time = (None if w is None else w.to(self.dtype) for w in (call.position_weight, call.time_weight))
+        self.spare = 0
+        if position is not None:
+            # the library indexes by key: of many targets, which share a position, there are more keys than entries
+            self.spare = max(0, call.max_key_length - (position.numel() + 1) // 2)
+            position = F.pad(position, (self.spare, self.spare))
+        self.position_weight = position
         self.struct = Call(
             bytes=ctypes.sizeof(Call),
             threads=torch.get_num_threads(),

@@ -84,6 +84,7 @@ class JaggedLayout:
         key_total: number of key rows.
         max_length: the longest query sequence (0 for an empty batch).
         max_key_length: the longest key sequence.
+        num_positions: the most positions of a sequence, its targets counted as one.
 
     Raises:
         ValueError: names the field, what was got and what was expected.
@@ -97,6 +98,7 @@ class JaggedLayout:
     key_total: int = field(init=False)
     max_length: int = field(init=False)
     max_key_length: int = field(init=False)
+    num_positions: int = field(init=False)
 
     def __post_init__(self) -> None:
         lengths = _checked_lengths("offsets", self.offsets)
@@ -116,6 +118,9 @@ class JaggedLayout:
         object.__setattr__(self, "key_total", int(key_lengths.sum()))
         object.__setattr__(self, "max_length", int(lengths.max()) if lengths.numel() else 0)
         object.__setattr__(self, "max_key_length", int(key_lengths.max()) if key_lengths.numel() else 0)
+        targets = torch.zeros_like(key_lengths) if self.num_targets is None else self.num_targets.cpu()
+        positions = key_lengths - (targets - 1).clamp(min=0)
+        object.__setattr__(self, "num_positions", int(positions.max()) if positions.numel() else 0)
 
     def _checked_counts(self, name: str, key_lengths: Tensor) -> Tensor:
         counts: Tensor | None = getattr(self, name)
@@ -189,9 +194,9 @@ def _check_bias(bias: RelativeBias, q: Tensor, layout: JaggedLayout) -> None:
     weight = bias.position_weight
     if weight.dim() != 1 or weight.numel() % 2 == 0:
         raise ValueError(f"position_weight: got shape {tuple(weight.shape)}, expected [2N-1]")
-    if layout.max_key_length > bias.max_length:
+    if layout.num_positions > bias.max_length:
         raise ValueError(
-            f"offsets: got a sequence of length {layout.max_key_length}, "
+            f"offsets: got a sequence of length {layout.num_positions}, "
             f"expected at most N = {bias.max_length}, the length that position_weight serves"
         )
     weights = [("position_weight", weight)]

@@ -8,6 +8,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from hstu_dist.data.config import BatchingConfig
+from hstu_dist.distributed.config import ParallelConfig
 from hstu_dist.validation import STRICT
 
 
@@ -38,6 +39,8 @@ class OptimizerConfig:
         clip_norm: largest global gradient norm of the dense part; null: no clipping. Table gradients are
             consumed inside the backward and are not clipped.
         schedule: learning-rate factor over the run.
+        average_decay: evaluate a moving average of all weights, tables included, of which every step keeps this share;
+            null: the weights themselves. Costs a copy of the weights.
     """
 
     learning_rate: float = Field(default=1e-3, gt=0)
@@ -46,6 +49,7 @@ class OptimizerConfig:
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float | None = Field(default=None, gt=0)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    average_decay: float | None = Field(default=None, gt=0, lt=1)
 
     def __post_init__(self) -> None:
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -148,6 +152,9 @@ class TrainerConfig:
             read once, after the last epoch.
         global_batch_size: sequences of one step, over all ranks; on average, if `batching` is not by sequences.
         batching: how an epoch is cut into steps, and a step's sequences are shared out among the ranks.
+        micro_batches: parts, of whole sequences, that a rank computes its share of a step in, one after the other: the
+            result is the same, and activations take the memory of one part.
+        parallel: how the ranks share the tower.
         device: auto takes CUDA where there is one.
         threads: CPU threads of a rank; null: the machine's cores divided by its ranks.
         peak_flops: FLOP/s of one rank's device, what MFU is measured against; null: the data sheet of a known GPU for
@@ -161,6 +168,8 @@ class TrainerConfig:
     train_on: Literal["train", "train_validation"] = "train"
     global_batch_size: int = Field(default=128, gt=0)
     batching: BatchingConfig = Field(default_factory=BatchingConfig)
+    micro_batches: int = Field(default=1, gt=0)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, gt=0)
     peak_flops: float | None = Field(default=None, gt=0)

@@ -21,7 +21,7 @@ def evaluate(recommender: Recommender, batches: Iterable[JaggedBatch], cutoffs: 
 
     Args:
         recommender: what is evaluated; its mode does not matter, no random numbers are given.
-        batches: this rank's share; every user is on exactly one rank. Shares may differ in length.
+        batches: this rank's share, as many as every rank has; every user is on exactly one rank.
         cutoffs: K of HR@K and NDCG@K.
 
     Returns:
@@ -33,10 +33,10 @@ def evaluate(recommender: Recommender, batches: Iterable[JaggedBatch], cutoffs: 
     metrics = RankingMetrics.empty(cutoffs, device)
     for host_batch in batches:
         batch = host_batch.to(device)
+        # also a share without sequences: a sharded tower needs all ranks
+        vectors_TD = recommender.encode_local(corpus_VD[batch.item_ids], batch)
         if batch.num_sequences == 0:
             continue
-        # rows come from the gathered corpus: no collective, so ranks may have different numbers of batches
-        vectors_TD = recommender.encode_local(corpus_VD[batch.item_ids], batch)
         metrics += _ranked(vectors_TD[last_rows(batch.offsets)], items_VD, batch, cutoffs)
     return RankingMetrics(metrics.cutoffs, sum_over_ranks(metrics.sums)).values()
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from hstu_dist.checkpoint.manager import CheckpointManager
 from hstu_dist.distributed.process_group import sum_over_ranks
 from hstu_dist.models.flops import Workload
+from hstu_dist.train.average import WeightAverage
 from hstu_dist.train.config import CheckpointConfig, EvaluationConfig, LoggingConfig, ProfileConfig
 from hstu_dist.train.metrics_log import MetricsLog
 from hstu_dist.train.step import StepResult
@@ -111,6 +112,17 @@ def _imbalance(trainer: Trainer) -> dict[str, float]:
         return {}
     found = trainer.loader.imbalance(trainer.state.epoch, trainer.state.batch - 1)
     return {"speed/imbalance": found.after, "speed/imbalance_in_turns": found.before}
+
+
+class AverageHook(Hook):
+    """Takes the weights of every step into their average."""
+
+    def __init__(self, average: WeightAverage) -> None:
+        self.average = average
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        """Updates the average."""
+        self.average.update(trainer.state.step)
 
 
 class EvaluateHook(Hook):

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from hstu_dist.distributed.table_optimizer import TableOptimizer
 from hstu_dist.errors import UserError
@@ -64,8 +65,10 @@ class Optimizers:
             UserError: the gradient's norm, which clipping needs, is NaN or infinite.
         """
         if self.config.clip_norm is not None:
-            # under DDP every rank holds the same averaged gradient, so every rank clips alike
+            # of the whole averaged gradient, wherever its parts are: every rank clips alike
             norm = torch.nn.utils.clip_grad_norm_(list(self.names), self.config.clip_norm)
+            if isinstance(norm, DTensor):
+                norm = norm.full_tensor()
             if not norm.isfinite():
                 raise UserError(
                     f"the norm of the dense gradient is {float(norm)}",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from hstu_dist.metrics.prediction import BinaryPredictions, RegressionSums
 from hstu_dist.models.flops import Workload
 from hstu_dist.ops.jagged import IdSet, sequence_of
 from hstu_dist.ops.random import fold
+from hstu_dist.train.step import PartLoss
 
 _DROPOUT = 3
 
@@ -51,23 +53,26 @@ class RankingObjective:
     """Multi-task loss of every event's action; an `Objective` of `TrainStep`.
 
     Attributes:
-        ranker: what is trained.
+        model: what is trained.
         heads: what it predicts.
         seed: of dropout.
     """
 
-    ranker: Ranker
+    model: Ranker
     heads: HeadSet
     seed: int
 
-    def __call__(self, batch: JaggedBatch, work: Workload, step: int) -> Tensor:
-        """Sum of losses over this rank's events."""
+    def plan(self, batch: JaggedBatch, work: Workload, step: int, num_parts: int) -> tuple[IdSet, Sequence[PartLoss]]:
+        """As `Objective.plan`."""
+        needed = IdSet.of([batch.item_ids], self.model.shape.num_items)
+        return needed, [partial(self._loss, needed, part, step) for part in batch.parts(num_parts)]
+
+    def _loss(self, needed: IdSet, batch: JaggedBatch, step: int, rows_UD: Tensor) -> Tensor:
+        """Sum of losses over the events of a part."""
         # the names of the parts in a profile
-        with record_function("look up"):
-            needed = IdSet.of([batch.item_ids], self.ranker.num_items)
-            items_ED = self.ranker.table(needed.ids).index_select(0, needed.places(batch.item_ids))
         with record_function("encode"):
-            predicted_EK = self.ranker.predict(items_ED, batch, noise_key=fold(self.seed, step, _DROPOUT))
+            items_ED = rows_UD.index_select(0, needed.places(batch.item_ids))
+            predicted_EK = self.model.predict(items_ED, batch, noise_key=fold(self.seed, step, _DROPOUT))
         with record_function("loss"):
             return multi_task_loss(predicted_EK, self.heads.labels(batch.actions), self.heads.configs)
 
@@ -80,7 +85,7 @@ def evaluate_ranking(
 
     Args:
         ranker: what is evaluated.
-        batches: this rank's share; every user is on exactly one rank. Shares may differ in length.
+        batches: this rank's share, as many as every rank has; every user is on exactly one rank.
         heads: what is predicted.
         scored_after: seconds; events at this time or before do not count.
 
@@ -91,9 +96,8 @@ def evaluate_ranking(
     tally = _Tally.empty(heads, corpus_VD.device)
     for host_batch in batches:
         batch = host_batch.to(corpus_VD.device)
-        if batch.num_tokens:
-            # rows come from the gathered corpus: no collective, so ranks may have different numbers of batches
-            tally.add(ranker.predict_local(corpus_VD[batch.item_ids], batch), batch, scored_after)
+        # also a share without sequences: a sharded tower needs all ranks
+        tally.add(ranker.predict_local(corpus_VD[batch.item_ids], batch), batch, scored_after)
     return tally.values()
 
 
@@ -112,8 +116,7 @@ def evaluate_item_averages(
     tally = _Tally.empty(heads, averages_VK.device)
     for host_batch in batches:
         batch = host_batch.to(averages_VK.device)
-        if batch.num_tokens:
-            tally.add(averages_VK[batch.item_ids], batch, scored_after)
+        tally.add(averages_VK[batch.item_ids], batch, scored_after)
     return tally.values()
 
 

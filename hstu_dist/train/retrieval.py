@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor
 from torch.profiler import record_function
 
 from hstu_dist.batch import JaggedBatch
 from hstu_dist.distributed.recommender import Recommender
-from hstu_dist.losses.config import FullSoftmaxConfig, SampledSoftmaxConfig
+from hstu_dist.losses.config import FullSoftmaxConfig, SoftmaxConfig
 from hstu_dist.losses.softmax import Candidates, softmax_loss, softmax_spec
 from hstu_dist.models.context import token_noise
 from hstu_dist.models.flops import Workload
 from hstu_dist.ops.jagged import IdSet
 from hstu_dist.ops.random import fold
 from hstu_dist.ops.softmax_spec import SoftmaxSpec
+from hstu_dist.train.step import PartLoss
 
 _NEGATIVES = 2
 _DROPOUT = 3
@@ -29,31 +32,38 @@ class RetrievalObjective:
     """Softmax over the item that follows each event and its negatives; an `Objective` of `TrainStep`.
 
     Attributes:
-        recommender: what is trained.
+        model: what is trained.
         loss: sampled or full softmax.
         seed: of dropout and negatives.
     """
 
-    recommender: Recommender
-    loss: SampledSoftmaxConfig | FullSoftmaxConfig
+    model: Recommender
+    loss: SoftmaxConfig
     seed: int
     _softmax: SoftmaxSpec = field(init=False)
 
     def __post_init__(self) -> None:
-        device = next(self.recommender.tower.parameters()).device
-        self._softmax = softmax_spec(self.loss, self.recommender.num_items, device)
+        device = next(self.model.tower.parameters()).device
+        self._softmax = softmax_spec(self.loss, self.model.num_items, device)
 
-    def __call__(self, batch: JaggedBatch, work: Workload, step: int) -> Tensor:
-        """Sum of -log softmax over this rank's positions."""
+    def plan(self, batch: JaggedBatch, work: Workload, step: int, num_parts: int) -> tuple[IdSet, Sequence[PartLoss]]:
+        """As `Objective.plan`."""
         # the names of the parts in a profile
         with record_function("draw"):
             negatives = self._negatives(batch, step)
-        with record_function("look up"):
             needed = self._needed(batch, negatives, work)
-            rows_UD = self.recommender.table(needed.ids)
-            items_TD = rows_UD.index_select(0, needed.places(batch.item_ids))
+        parts = batch.parts(num_parts)
+        sizes = [part.num_tokens for part in parts]
+        drawn = [None] * num_parts if negatives is None else negatives.split(sizes)
+        losses = (partial(self._loss, needed, (part, own), step) for part, own in zip(parts, drawn, strict=True))
+        return needed, list(losses)
+
+    def _loss(self, needed: IdSet, part: tuple[JaggedBatch, Tensor | None], step: int, rows_UD: Tensor) -> Tensor:
+        """Sum of -log softmax over the positions of a part, a batch with its negatives."""
+        batch, negatives = part
         with record_function("encode"):
-            queries_TD = self.recommender.encode(items_TD, batch, noise_key=fold(self.seed, step, _DROPOUT))
+            items_TD = rows_UD.index_select(0, needed.places(batch.item_ids))
+            queries_TD = self.model.encode(items_TD, batch, noise_key=fold(self.seed, step, _DROPOUT))
         with record_function("loss"):
             places = None if negatives is None else needed.places(negatives)
             candidates = Candidates(rows_UD, needed.places(batch.target_ids), places)
@@ -62,11 +72,11 @@ class RetrievalObjective:
     def _negatives(self, batch: JaggedBatch, step: int) -> Tensor | None:
         if isinstance(self.loss, FullSoftmaxConfig):
             return None
-        noise = token_noise(batch, self.recommender.max_length, fold(self.seed, step, _NEGATIVES))
-        return self.recommender.tower.rows.integers(noise, self.loss.num_negatives, self.recommender.num_items)
+        noise = token_noise(batch, self.model.max_length, fold(self.seed, step, _NEGATIVES))
+        return self.model.tower.rows.integers(noise, self.loss.num_negatives, self.model.num_items)
 
     def _needed(self, batch: JaggedBatch, negatives: Tensor | None, work: Workload) -> IdSet:
-        num_items = self.recommender.num_items
+        num_items = self.model.num_items
         # where ranks draw each item many times over, finding the few that are missing costs more than it saves;
         # decided for all ranks together, so that the rows a step touches do not depend on their number
         if negatives is None or work.tokens * negatives.shape[1] >= _DRAWS_OF_EVERYTHING * num_items:

@@ -1,24 +1,60 @@
-"""One training step: the loss of a global batch, its gradients, an update."""
+"""One training step: look up what it needs once, the loss of each part of the batch, an update."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch.profiler import record_function
 
 from hstu_dist.batch import JaggedBatch
 from hstu_dist.distributed.process_group import World
+from hstu_dist.distributed.tables import ItemTable
 from hstu_dist.errors import UserError
 from hstu_dist.models.flops import Workload
+from hstu_dist.ops.jagged import IdSet
 from hstu_dist.train.optimizer import Optimizers
 
-Objective = Callable[[JaggedBatch, Workload, int], Tensor]
-"""(this rank's share, work of all shares together, step) → scalar sum of losses over this rank's predictions.
 
-It looks the item table up exactly once: that lookup updates the rows inside the backward.
-"""
+class TrainedModel(Protocol):
+    """What a step asks of a model."""
+
+    @property
+    def table(self) -> ItemTable:
+        """The item table."""
+
+    def exchanging(self, wanted: bool) -> AbstractContextManager[None]:
+        """Around a forward and its backward: whether this backward averages the gradients of all ranks."""
+
+
+PartLoss = Callable[[Tensor], Tensor]
+"""Rows [U, D] that the step looked up → scalar sum of losses over one part's predictions."""
+
+
+class Objective(Protocol):
+    """What a step minimises."""
+
+    @property
+    def model(self) -> TrainedModel:
+        """What is trained."""
+
+    def plan(self, batch: JaggedBatch, work: Workload, step: int, num_parts: int) -> tuple[IdSet, Sequence[PartLoss]]:
+        """What a step on a batch needs.
+
+        Args:
+            batch: this rank's share; may be empty.
+            work: of all shares together.
+            step: steps taken.
+            num_parts: runs of sequences that the share is cut into.
+
+        Returns:
+            Items to look up, and the loss of each part.
+        """
 
 
 @dataclass(frozen=True)
@@ -39,10 +75,11 @@ class StepResult:
 class TrainStep:
     """Callable once per global batch, by all ranks together."""
 
-    def __init__(self, objective: Objective, optimizers: Optimizers, world: World) -> None:
+    def __init__(self, objective: Objective, optimizers: Optimizers, world: World, micro_batches: int = 1) -> None:
         self.objective = objective
         self.optimizers = optimizers
         self.world = world
+        self.micro_batches = micro_batches
 
     def __call__(self, batch: JaggedBatch, work: Workload, position: tuple[int, int]) -> StepResult:
         """Updates the model on one global batch.
@@ -57,15 +94,30 @@ class TrainStep:
         """
         step, total_steps = position
         factor = self.optimizers.prepare(step, total_steps)
-        loss_sum = self.objective(batch, work, step)
-        value = float(loss_sum.detach())
-        if value != value or value in (float("inf"), float("-inf")):
+        needed, losses = self.objective.plan(batch, work, step, self.micro_batches)
+        # the names of the parts in a profile
+        with record_function("look up"):
+            rows_UD = self.objective.model.table(needed.ids)
+        # the table updates its rows in the backward of their lookup: all parts add to one gradient before
+        leaf_UD = rows_UD.detach().requires_grad_()
+        value = self._accumulate(leaf_UD, losses, work)
+        if not math.isfinite(value):
             raise UserError(
                 f"step {step}: the loss is {value} on rank {self.world.rank}",
                 "lower the learning rates or set optimizer.clip_norm, then continue from an earlier checkpoint",
             )
-        # DDP and TorchRec average gradients over ranks; the mean wanted is over all predictions of all ranks
-        (loss_sum * (self.world.size / max(1, work.predictions))).backward()
         with record_function("update"):
+            rows_UD.backward(leaf_UD.grad)
             self.optimizers.step()
         return StepResult(value, work, self.optimizers.config.learning_rate * factor)
+
+    def _accumulate(self, rows_UD: Tensor, losses: Sequence[PartLoss], work: Workload) -> float:
+        """Sum of losses over the parts, whose gradients reach `rows_UD`, a leaf, and the dense part."""
+        total = rows_UD.new_zeros((), dtype=torch.float64)
+        for number, loss in enumerate(losses, start=1):
+            with self.objective.model.exchanging(number == len(losses)):
+                loss_sum = loss(rows_UD)
+                total += loss_sum.detach()
+                # gradients are averaged over ranks; the mean wanted is over all predictions of all ranks
+                (loss_sum * (self.world.size / max(1, work.predictions))).backward()
+        return float(total)

@@ -33,6 +33,7 @@ SETTINGS = [
     "optimizer.weight_decay=0.1",
     "embedding.optimizer.kind=adamw",
     "embedding.optimizer.weight_decay=0.1",
+    "optimizer.average_decay=0.8",
 ]
 
 
@@ -183,7 +184,7 @@ def load_changed(data: Path, folder: Path, overrides: list[str]) -> str:
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        (["model.width=12"], "optimizer."),
+        (["model.width=12"], "average."),
         (["embedding.optimizer.kind=sgd", "~embedding.optimizer.weight_decay"], "table_optimizer."),
         (["embedding.optimizer.kind=rowwise_adamw"], "table_optimizer."),
         (["embedding.optimizer.kind=rowwise_adagrad", "~embedding.optimizer.weight_decay"], "table_optimizer."),

@@ -29,6 +29,7 @@ SHORTER = StochasticLengthConfig(alpha=1.3)
 KINDS: dict[str, dict[str, Any]] = {
     "sequences": {},
     "sequences cut": {"stochastic_length": SHORTER},
+    "windows": {"window": "random", "max_length": 20},
     "tokens": {"batching": BatchingConfig(by="tokens", budget=150, balance="none")},
     "tokens cut": {"batching": BatchingConfig(by="tokens", balance="counts"), "stochastic_length": SHORTER},
     "flops cut": {"batching": BatchingConfig(by="flops", budget=1500), "stochastic_length": SHORTER},
@@ -90,6 +91,24 @@ def test_subsequences_are_new_every_epoch() -> None:
     assert first == by_row(loader_of(stochastic_length=SHORTER).epoch(0))
     assert sum(first[row] != second[row] for row in first) >= 5
     assert first != by_row(loader_of(stochastic_length=SHORTER, seed=4).epoch(0))
+
+
+def test_random_windows_reach_all_of_a_long_history_and_nothing_held_out() -> None:
+    loader = loader_of(window="random", max_length=20)
+    rows = split_rows(DATA.lengths, Split.TRAIN, 20)
+    seen: dict[int, set[int]] = {row: set() for row in rows.sequences.tolist()}
+    for epoch in range(40):
+        for row, (items, _, actions, targets, _) in by_row(loader.epoch(epoch)).items():
+            # actions number all events: the inputs follow each other, and so does the last target
+            events = list(range(actions[0], actions[0] + len(actions) + 1))
+            assert actions == events[:-1] and items == DATA.item_ids[events[:-1]].tolist()
+            assert targets == DATA.item_ids[events[1:]].tolist()
+            seen[row] |= set(events)
+    for row, start, length in zip(rows.sequences, rows.starts, rows.lengths, strict=True):
+        first = int(DATA.offsets[row])
+        part = set(range(first, first + int(start + length) + 1))
+        # the very first and last events of a long history are rarely in a window
+        assert seen[int(row)] <= part and len(seen[int(row)]) > 0.85 * len(part)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from hstu_dist.commands.session import Session
 from hstu_dist.config import RunConfig, compose
 from hstu_dist.data.split import Split
 from hstu_dist.distributed.process_group import World
+from hstu_dist.train.hooks import AverageHook
 from hstu_dist.train.state import TrainState
 from hstu_dist.train.step import StepResult, TrainStep
 from hstu_dist.train.trainer import Hook, Trainer
@@ -47,18 +49,22 @@ class LossHook(Hook):
 
 
 def trainer_of(session: Session, state: TrainState, epochs: int, hooks: Sequence[Hook] = ()) -> Trainer:
+    config = session.config
+    averaging = [] if session.average is None else [AverageHook(session.average)]
     return Trainer(
-        step=TrainStep(session.objective(), session.optimizers, session.world),
+        step=TrainStep(session.objective(), session.optimizers, session.world, config.trainer.micro_batches),
         loader=session.loader(Split.TRAIN),
         state=state,
         epochs=epochs,
         world=session.world,
-        hooks=hooks,
+        hooks=[*averaging, *hooks],
     )
 
 
 def whole(value: Any) -> Tensor:
     """A tensor of `Session.tensors`, gathered on every rank if it is sharded."""
+    if isinstance(value, DTensor):
+        return value.detach().full_tensor().clone()
     if isinstance(value, Tensor) and not hasattr(value, "local_shards"):
         return value.detach().clone()
     full = torch.zeros(value.size())

@@ -34,7 +34,9 @@ MODELS: dict[str, ModelConfig] = {
 }
 
 FIELDS = action_fields({"is_click": 1, "stars": 3, "play_time": 20})
-SHAPE = RankingShape(actions=tuple(zip(FIELDS, (2, 8, 21), strict=True)), contextual=(50, 3), outputs=3, head_width=6)
+SHAPE = RankingShape(
+    num_items=50, actions=tuple(zip(FIELDS, (2, 8, 21), strict=True)), contextual=(50, 3), outputs=3, head_width=6
+)
 
 
 def words_of(count: int, seed: int) -> torch.Tensor:

@@ -60,7 +60,7 @@ def test_work_counts_visible_pairs() -> None:
 def test_parameters_are_those_of_the_tower(model: str) -> None:
     config = MODELS[model]
     tower = tower_of(config)
-    parameters = count_ranking_parameters(config, SHAPE, num_items=50)
+    parameters = count_ranking_parameters(config, SHAPE)
     assert parameters.dense == sum(p.numel() for p in tower.parameters())
     assert parameters.features == sum(p.numel() for p in tower.features.parameters())
     assert parameters.total == parameters.dense + 50 * WIDTH

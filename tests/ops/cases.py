@@ -83,7 +83,8 @@ def problem(case: Case, seed: int = 0) -> Problem:
         None if case.contextual is None else torch.tensor(case.contextual, dtype=torch.int64),
         None if case.targets is None else torch.tensor(case.targets, dtype=torch.int64),
     )
-    table = layout.max_key_length + 3
+    # no entry to spare: reading past the table must show
+    table = max(1, layout.num_positions)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64) * case.scale
@@ -166,6 +167,7 @@ CASES = [
         targets=(4, 4, 3, 33),
         contextual=(2, 0, 1, 3),
     ),
+    Case(name="many-targets", lengths=(150, 0, 141), cached=(7, 2, 0), targets=(150, 1, 140)),
     Case(name="no-tokens", lengths=(0, 0, 0)),
     Case(name="no-sequences", lengths=()),
     Case(name="softmax", lengths=(0, 1, 17, 64, 130), spec=_SOFTMAX),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from hstu_dist.batch import JaggedBatch
 from hstu_dist.commands.session import Session
@@ -24,7 +25,8 @@ def work_of(batch: JaggedBatch) -> Workload:
 
 def step_of(data: Path, *overrides: str) -> tuple[Session, TrainStep]:
     session = build(tiny_config(data, Path("unused"), *overrides), WORLD)
-    step = TrainStep(session.objective(), session.optimizers, WORLD)
+    config = session.config
+    step = TrainStep(session.objective(), session.optimizers, WORLD, config.trainer.micro_batches)
     return session, step
 
 
@@ -67,3 +69,36 @@ def test_a_loss_that_is_no_number_is_refused_before_anything_is_updated(value: f
         or name == "position.weight"
         for name, tensor in before.items()
     )
+
+
+class Kept:
+    """Bytes that autograd holds for backwards, now and at most."""
+
+    now = most = 0
+
+
+class Saved:
+    """A tensor that waits for its backward, counted until it is let go."""
+
+    def __init__(self, tensor: Tensor, kept: Kept) -> None:
+        self.tensor, self.kept = tensor, kept
+        kept.now += tensor.nbytes
+        kept.most = max(kept.most, kept.now)
+
+    def __del__(self) -> None:
+        self.kept.now -= self.tensor.nbytes
+
+
+def test_parts_keep_the_activations_of_one(tiny_data: Path) -> None:
+    most = {}
+    for parts in (1, 8):
+        session, step = step_of(tiny_data, "trainer.global_batch_size=60", f"trainer.micro_batches={parts}")
+        batch = next(session.loader(Split.TRAIN).epoch(0))
+        assert batch.num_sequences == 60
+        kept = Kept()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: Saved(x, kept), lambda saved: saved.tensor):
+            step(batch, work_of(batch), (0, 16))
+        most[parts] = kept.most
+        assert kept.now == 0
+    # the weights that a backward needs are kept by a part of any size
+    assert most[8] < most[1] / 5, most

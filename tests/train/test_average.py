@@ -1,0 +1,68 @@
+"""The moving average of the weights: its values, and that evaluation uses it without disturbing training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hstu_dist.data.split import Split
+from hstu_dist.distributed.process_group import process_group
+from hstu_dist.train.average import WeightAverage
+from hstu_dist.train.state import TrainState
+from tests.distributed.cases import build, snapshot, tiny_config, trainer_of
+from tests.distributed.ranks import run_ranks
+
+
+def test_an_average_forgets_its_start_and_then_keeps_its_decay() -> None:
+    weight = torch.randn(5, dtype=torch.float64)
+    average, expected = WeightAverage({"w": weight}, decay=0.9), weight.clone()
+    for step in range(1, 200):
+        weight += torch.randn(5, dtype=torch.float64)
+        average.update(step)
+        decay = min(0.9, step / (10 + step))
+        expected = decay * expected + (1 - decay) * weight
+    torch.testing.assert_close(average.averages["w"], expected)
+
+
+def test_weights_come_back_also_after_an_error() -> None:
+    weight = torch.zeros(3)
+    average = WeightAverage({"w": weight}, decay=0.5)
+    weight.fill_(4)
+    average.update(1000)
+
+    def fails() -> None:
+        with average.applied():
+            assert weight.tolist() == [2, 2, 2]
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    assert weight.tolist() == [4, 4, 4] and average.averages["w"].tolist() == [2, 2, 2]
+
+
+def evaluated(data: Path) -> tuple[dict[str, float], dict[str, float], bool]:
+    """Metrics of the average, of a model whose weights are that average, and whether evaluating changed anything."""
+    with process_group("cpu", 60) as world:
+        session = build(tiny_config(data, Path("unused"), "optimizer.average_decay=0.9"), world)
+        trainer_of(session, TrainState(), epochs=2).fit()
+        before = snapshot(session)
+        values = session.evaluate(Split.VALIDATION)
+        after = snapshot(session)
+        assert session.average is not None
+        for name, average in session.average.averages.items():
+            weight = session.tensors()[name]
+            if hasattr(weight, "local_shards"):
+                for mine, theirs in zip(weight.local_shards(), average.local_shards(), strict=True):
+                    mine.tensor.copy_(theirs.tensor)
+            else:
+                weight.copy_(average)
+        unchanged = all(torch.equal(value, after[name]) for name, value in before.items())
+        return values, session.evaluate(Split.VALIDATION), unchanged
+
+
+@pytest.mark.distributed
+def test_evaluation_uses_the_average_of_all_ranks(tiny_data: Path) -> None:
+    (averaged, copied, unchanged), other = run_ranks(2, evaluated, tiny_data)
+    assert averaged == copied == other[0] and unchanged
