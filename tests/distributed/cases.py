@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hstu_dist.commands.session import Session
+from hstu_dist.commands.sessions import open_session
 from hstu_dist.config import RunConfig, compose
 from hstu_dist.data.split import Split
 from hstu_dist.distributed.process_group import World
@@ -33,7 +34,7 @@ def tiny_config(data: Path, output: Path, *overrides: str) -> RunConfig:
 def build(config: RunConfig, world: World) -> Session:
     # TorchRec's planner draws random numbers while it builds: they must not matter
     torch.manual_seed(world.rank)
-    return Session.build(config, world)
+    return open_session(config, world)
 
 
 @dataclass
