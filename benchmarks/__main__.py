@@ -21,6 +21,7 @@ from hstu_dist.machine import keep_freed_memory
 BENCHMARKS: Mapping[str, str] = {
     "attention": "HSTU attention against torch's flash attention and the padded research code",
     "train_step": "a whole training step on MovieLens-1M, and where its time goes",
+    "embedding": "embedding tables: lookup with update against nn.Embedding, share of a step, memory of a large table",
     "data": "events/s of reading and batching, Stochastic Length, balance of 64 simulated ranks",
     "checkpoint": "saving and loading 1 GB on two ranks against the disk, and how long training stands still",
     "kernels": "the Triton kernels compiled ahead of time: registers, spills, shared memory, roofline; needs no GPU",

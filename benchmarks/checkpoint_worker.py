@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 
 from hstu_dist.checkpoint.manager import CheckpointManager
-from hstu_dist.distributed.config import EmbeddingConfig, TableOptimizerConfig
+from hstu_dist.distributed.config import ITEM, EmbeddingConfig, TableOptimizerConfig, TableShape
+from hstu_dist.distributed.planner import build_tables
 from hstu_dist.distributed.process_group import World, claim_machine, process_group
-from hstu_dist.distributed.tables import ItemTable, TableShape
+from hstu_dist.distributed.tables import EmbeddingTables
 
 _BLOCK = 1 << 22
 
@@ -49,8 +50,8 @@ def measure(request: Request) -> Answer | None:
     with process_group("cpu", 600.0) as world:
         claim_machine(None, world)
         config = EmbeddingConfig(sharding="row_wise", optimizer=TableOptimizerConfig(kind="adamw"))
-        table = ItemTable(TableShape(request.rows, request.width), config, world.device, seed=0)
-        bench = _Bench(Path(request.folder), table, world)
+        tables = build_tables(config, {ITEM: TableShape(request.rows, request.width)}, world.device, seed=0)
+        bench = _Bench(Path(request.folder), tables, world)
         bench.round()
         rounds = [bench.round() for _ in range(request.rounds)]
         seconds = {name: [found[name] for found in rounds] for name in rounds[0]}
@@ -58,8 +59,8 @@ def measure(request: Request) -> Answer | None:
 
 
 class _Bench:
-    def __init__(self, folder: Path, table: ItemTable, world: World) -> None:
-        self.tensors: dict[str, Any] = {**table.sharded.state_dict(), **table.optimizer.state_tensors()}
+    def __init__(self, folder: Path, tables: EmbeddingTables, world: World) -> None:
+        self.tensors: dict[str, Any] = {**tables.weights(), **tables.optimizer.state_tensors()}
         shards = [s.tensor for v in self.tensors.values() if hasattr(v, "local_shards") for s in v.local_shards()]
         for shard in shards:
             # zeros could be stored or moved faster

@@ -75,6 +75,11 @@ def _kilobytes(field: str) -> int:
     return int(found[1])
 
 
+def high_water_mark() -> int:
+    """Largest resident size in bytes that this process ever had."""
+    return _kilobytes("VmHWM") * 1024
+
+
 def _cuda_peak(build: Build, rehearsal: Build) -> float:
     rehearsal()()
     step = build()

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from hstu_dist.batch import JaggedBatch
-from hstu_dist.distributed.config import EmbeddingConfig, ParallelConfig, TableOptimizerConfig
+from hstu_dist.distributed.config import ITEM, EmbeddingConfig, TableOptimizerConfig, TableShape
+from hstu_dist.distributed.parallel import DenseSettings
+from hstu_dist.distributed.planner import build_tables
 from hstu_dist.distributed.process_group import World, process_group
 from hstu_dist.distributed.recommender import Recommender
 from hstu_dist.losses.config import SampledSoftmaxConfig
@@ -94,8 +96,9 @@ def saved_bytes(model: HSTUConfig | TransformerConfig, sequences: int) -> int:
 
 
 def _step(job: Job, world: World) -> tuple[Recommender, Optimizers]:
-    recommender = Recommender(job.num_items, job.model, job.embedding, world.device, 1, ParallelConfig())
-    optimizers = Optimizers(recommender.tower, recommender.table.optimizer, OptimizerConfig())
+    tables = build_tables(job.embedding, {ITEM: TableShape(job.num_items, job.model.width)}, world.device, 1)
+    recommender = Recommender(tables, job.model, world.device, 1, DenseSettings())
+    optimizers = Optimizers(recommender.tower, recommender.tables.optimizer, OptimizerConfig())
     step = TrainStep(RetrievalObjective(recommender, job.loss, seed=1), optimizers, world)
     lengths = [_LENGTH] * job.sequences_of(world.size)
     step(_batch(lengths, job.num_items), Workload.causal(lengths * world.size), (0, 2))
@@ -117,8 +120,12 @@ def _batch(lengths: list[int], num_items: int) -> JaggedBatch:
 
 
 def _tensor_bytes(recommender: Recommender, optimizers: Optimizers) -> int:
-    tables = [*recommender.table.sharded.state_dict().values(), *recommender.table.optimizer.state_tensors().values()]
-    tensors = [shard.tensor for table in tables if hasattr(table, "local_shards") for shard in table.local_shards()]
+    states = recommender.tables.optimizer.state_tensors()
+    states.pop("step", None)
+    tables = [*recommender.tables.weights().values(), *states.values()]
+    tensors: list[Tensor] = []
+    for table in tables:
+        tensors += [s.tensor for s in table.local_shards()] if hasattr(table, "local_shards") else [table]
     for parameter in recommender.tower.parameters():
         moments = optimizers.dense.state[parameter]
         assert parameter.grad is not None

@@ -153,7 +153,7 @@ class _Runner:
         """Trains on one batch."""
         mine = Workload.causal(batch.lengths.tolist())
         total = sum_over_ranks(torch.tensor([mine.tokens, mine.attention_pairs], device=self.world.device)).tolist()
-        work = Workload(tokens=total[0], attention_pairs=total[1], predictions=total[0])
+        work = Workload(tokens=total[0], attention_pairs=total[1])
         self.step(batch.to(self.world.device), work, (self.count, 1_000_000))
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()

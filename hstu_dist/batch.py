@@ -25,6 +25,8 @@ class JaggedBatch:
         target_ids: [T] int64, the item that followed each event.
         query_times: [T] int64 seconds, when that following event happened (query times of the bias).
         row_ids: [B] int64, which sequence of the data set each one is; world-size-independent identity.
+        trained: [T] bool, whether the target of each row counts in the loss; None: all do. Rows that do not count are
+            context: a stream brings events that were targets before.
         contextual: [B, C] int64, codes of the user's contextual features, for ranking; None: no features.
     """
 
@@ -35,6 +37,7 @@ class JaggedBatch:
     target_ids: Tensor
     query_times: Tensor
     row_ids: Tensor
+    trained: Tensor | None = None
     contextual: Tensor | None = None
 
     @property
@@ -52,6 +55,11 @@ class JaggedBatch:
         """[B] int64."""
         return self.offsets.diff()
 
+    @property
+    def num_context(self) -> int:
+        """Rows whose targets do not count in the loss."""
+        return 0 if self.trained is None else self.num_tokens - int(self.trained.sum())
+
     def parts(self, count: int) -> list[JaggedBatch]:
         """`count` runs of whole sequences with about equally many tokens each, in order; some may be empty."""
         if count == 1:
@@ -66,12 +74,17 @@ class JaggedBatch:
         offsets = self.offsets[first : last + 1]
         start, stop = int(offsets[0]), int(offsets[-1])
         tokens = ("item_ids", "timestamps", "actions", "target_ids", "query_times")
-        cut = {name: getattr(self, name)[start:stop] for name in tokens}
-        contextual = None if self.contextual is None else self.contextual[first:last]
-        return JaggedBatch(offsets=offsets - start, row_ids=self.row_ids[first:last], contextual=contextual, **cut)
+        cut: dict[str, Any] = {name: getattr(self, name)[start:stop] for name in tokens}
+        if self.trained is not None:
+            cut["trained"] = self.trained[start:stop]
+        if self.contextual is not None:
+            cut["contextual"] = self.contextual[first:last]
+        return JaggedBatch(offsets=offsets - start, row_ids=self.row_ids[first:last], **cut)
 
     def to(self, device: torch.device) -> JaggedBatch:
         """The same batch on another device."""
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {k: None if v is None else v.to(device, non_blocking=True) for k, v in parts.items()}
+        moved: dict[str, Any] = {
+            name: part if part is None else part.to(device, non_blocking=True) for name, part in parts.items()
+        }
         return JaggedBatch(**moved)

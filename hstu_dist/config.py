@@ -23,7 +23,7 @@ from pydantic.dataclasses import dataclass
 
 from hstu_dist.cluster import ClusterConfig
 from hstu_dist.data.config import DataConfig
-from hstu_dist.distributed.config import EmbeddingConfig
+from hstu_dist.distributed.config import ITEM, EmbeddingConfig, TableShape
 from hstu_dist.errors import UserError
 from hstu_dist.files import write_atomically
 from hstu_dist.losses.config import LossConfig, MultiTaskConfig, SoftmaxConfig
@@ -34,6 +34,10 @@ from hstu_dist.validation import STRICT, as_user_error
 
 HARDWARE = "hardware"
 """Folder of conf/ with the clusters that `plan` knows; no part of a run."""
+
+
+FEATURES: tuple[str, ...] = ()
+"""Tables besides the item table that a model can look up."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -67,19 +71,22 @@ class RunConfig:
     published: dict[str, float] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        ranking = isinstance(self.task, RankingConfig)
-        heads = self.loss.heads if isinstance(self.loss, MultiTaskConfig) else ()
-        if ranking != isinstance(self.loss, MultiTaskConfig):
-            wanted = "multi_task" if ranking else "sampled_softmax or full_softmax"
-            raise ValueError(f"loss: got {self.loss.kind}, expected {wanted} for task={self.task.kind}")
-        if isinstance(self.model, DLRMConfig):
-            if not ranking:
-                raise ValueError("model: got dlrm, expected hstu or sasrec for task=retrieval")
-        elif self.model.max_length < self.data.max_length:
+        self._check_task()
+        if not isinstance(self.model, DLRMConfig) and self.model.max_length < self.data.max_length:
             raise ValueError(
                 f"model.max_length: got {self.model.max_length}, "
                 f"expected at least data.max_length ({self.data.max_length})"
             )
+        self._check_tables()
+
+    def _check_task(self) -> None:
+        ranking = isinstance(self.task, RankingConfig)
+        heads = self.loss.heads if isinstance(self.loss, MultiTaskConfig) else ()
+        if ranking != bool(heads):
+            wanted = "multi_task" if ranking else "sampled_softmax or full_softmax"
+            raise ValueError(f"loss: got {self.loss.kind}, expected {wanted} for task={self.task.kind}")
+        if isinstance(self.model, DLRMConfig) and not ranking:
+            raise ValueError("model: got dlrm, expected hstu or sasrec for task=retrieval")
         monitor, monitors = self.trainer.evaluation.monitor, [name for head in heads for name in head.monitors]
         if ("/" in monitor or ranking) and monitor not in monitors:
             wanted = ", ".join(monitors) or "hr@K, ndcg@K or mrr"
@@ -97,6 +104,21 @@ class RunConfig:
         if isinstance(self.model, DLRMConfig) or isinstance(self.loss, MultiTaskConfig):
             raise UserError(f"task: got {self.task.kind}, expected retrieval here", "choose a retrieval run")
         return self.model, self.loss
+
+    def _check_tables(self) -> None:
+        any_shape = TableShape(1, 1)
+        for name, spec in self.embedding.specs(dict.fromkeys([ITEM, *self.embedding.tables], any_shape)).items():
+            if name not in (ITEM, *FEATURES):
+                known = ", ".join(FEATURES) or "no further table"
+                raise ValueError(f"embedding.tables: got {name}, expected {known}: the model looks nothing else up")
+            lacking, dtype = spec.config.needs_cuda(), spec.config.dtype
+            if lacking is not None and self.trainer.device == "cpu":
+                raise ValueError(f"embedding table {name}: {lacking}, expected another with trainer.device=cpu")
+            if dtype != "fp32" and self.optimizer.average_decay is not None:
+                raise ValueError(
+                    f"optimizer.average_decay: got {self.optimizer.average_decay}, expected null: "
+                    f"the {dtype} rows of table {name} are too short for an average"
+                )
 
     @property
     def world_size(self) -> int:
@@ -246,6 +268,7 @@ _MAY_CHANGE = (
     "plan",
     "published",
     "output",
+    "embedding.plan",
     "trainer.epochs",
     "trainer.stop_epoch",
     "trainer.threads",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from hstu_dist.actions import action_fields
@@ -10,6 +11,8 @@ from hstu_dist.config import RunConfig
 from hstu_dist.data.config import prepare_command
 from hstu_dist.data.contextual import check_contextual
 from hstu_dist.data.schema import Manifest, load_manifest
+from hstu_dist.distributed.config import ITEM, TableShape, TableSpec
+from hstu_dist.distributed.table_plan import configured_plan, plan_of_settings
 from hstu_dist.errors import UserError
 from hstu_dist.losses.config import LossConfig, MultiTaskConfig
 from hstu_dist.machine import memory_per_rank
@@ -50,9 +53,15 @@ def preflight(config: RunConfig, world_size: int) -> Manifest:
     check_micro_batches(config, world_size)
     check_plan(config, manifest.num_items, world_size)
     copies = config.trainer.checkpoint.keep + _CHECKPOINTS_AT_ONCE
-    table_bytes = config.embedding.bytes_per_rank(manifest.num_items, config.model.width, world_size=1)
+    specs = specs_of(config, manifest.num_items)
+    (table_bytes,) = configured_plan(specs, 1).bytes_per_rank(specs)
     RunFolder(config.run_dir).check(config, needed_bytes=table_bytes * copies + (1 << 20))
     return manifest
+
+
+def table_shapes(config: RunConfig, num_items: int) -> dict[str, TableShape]:
+    """What the model needs of each table that it looks up."""
+    return {ITEM: TableShape(num_items, config.model.width)}
 
 
 def check_micro_batches(config: RunConfig, world_size: int) -> None:
@@ -86,31 +95,57 @@ def check_ranking(task: RankingConfig, loss: LossConfig, manifest: Manifest) -> 
 
 
 def check_plan(config: RunConfig, num_items: int, world_size: int) -> None:
-    """Whether the fullest rank can hold its share of table and optimizer state.
+    """Whether the fullest rank can hold its share of all tables and their optimizer state.
 
     Raises:
-        UserError: more ranks than rows, or more bytes than a rank has.
+        UserError: more ranks than rows, a plan that does not fit, or more bytes than a rank has.
     """
-    embedding = config.embedding
-    if embedding.sharding == "row_wise" and num_items < world_size:
-        raise UserError(
-            f"embedding.sharding: row_wise cannot split {num_items} rows over {world_size} ranks",
-            "use embedding=table_wise or fewer ranks",
-        )
-    needed = embedding.bytes_per_rank(num_items, config.model.width, world_size)
-    limit = _memory_per_rank(config)
+    specs = specs_of(config, num_items)
+    plan = plan_of_settings(config.embedding, specs, world_size)
+    for name, table in plan.tables.items():
+        if table.sharding == "row_wise" and table.rows < world_size:
+            raise UserError(
+                f"embedding table {name}: row_wise cannot split {table.rows} rows over {world_size} ranks",
+                "use sharding=table_wise for it, or fewer ranks",
+            )
+    held = plan.bytes_per_rank(specs)
+    needed, limit = max(held), memory_limit(config)
     if limit is not None and needed > limit:
-        enough = -(-embedding.bytes_per_rank(num_items, config.model.width, 1) // limit)
-        remedy = f"use at least {enough} ranks with embedding=row_wise, a smaller model.width, or a larger limit"
+        tables = "; ".join(
+            f"{name}: {table.rows} rows, width {table.width}, {table.dtype}, {table.sharding}"
+            for name, table in plan.tables.items()
+        )
         raise UserError(
-            f"item table: {needed / 2**30:.2f} GiB on a rank ({num_items} rows, width {config.model.width}, "
-            f"{world_size} ranks, {embedding.sharding}), {limit / 2**30:.2f} GiB available",
-            f"{remedy} (cluster.memory_per_rank_gib)",
+            f"embedding tables: {needed / 2**30:.2f} GiB on rank {held.index(needed)} of {world_size} ({tables}), "
+            f"{limit / 2**30:.2f} GiB available",
+            f"use {_enough_ranks(specs, limit)}dtype=fp16, an optimizer with less state, a smaller model.width, "
+            "or a larger limit (cluster.memory_per_rank_gib)",
         )
 
 
-def _memory_per_rank(config: RunConfig) -> int | None:
-    """Bytes; None on a machine that only launches the run elsewhere, where it is not known."""
+def _enough_ranks(specs: Mapping[str, TableSpec], limit: int) -> str:
+    """How many ranks would do, if any number would: copies stay whole."""
+    copies = {name: spec for name, spec in specs.items() if spec.config.sharding == "data_parallel"}
+    (whole,), (copied,) = (configured_plan(part, 1).bytes_per_rank(part) for part in (specs, copies))
+    if copied >= limit:
+        return ""
+    return f"at least {-(-(whole - copied) // (limit - copied))} ranks with sharding=row_wise, "
+
+
+def specs_of(config: RunConfig, num_items: int) -> dict[str, TableSpec]:
+    """All tables of a run.
+
+    Raises:
+        UserError: a table has fewer rows than there are ids.
+    """
+    try:
+        return config.embedding.specs(table_shapes(config, num_items))
+    except ValueError as error:
+        raise UserError(f"configuration: embedding.{error}", "correct it in YAML or as key=value") from error
+
+
+def memory_limit(config: RunConfig) -> int | None:
+    """Bytes of host memory of a rank; None on a machine that only launches the run elsewhere, where it is not known."""
     cluster = config.cluster
     if cluster.memory_per_rank_gib is not None:
         return max(1, int(cluster.memory_per_rank_gib * 2**30))

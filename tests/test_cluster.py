@@ -65,5 +65,5 @@ def test_memory_of_a_node_is_known_only_if_it_was_asked_for(
     if not refused:
         check_plan(config, num_items=10_000_000, world_size=8)
         return
-    with pytest.raises(UserError, match=r"item table: .* 8 ranks, row_wise\), 0.25 GiB available"):
+    with pytest.raises(UserError, match=r"on rank 0 of 8 \(item: 11000000 rows, .*, row_wise\), 0.25 GiB available"):
         check_plan(config, num_items=11_000_000, world_size=8)

@@ -138,7 +138,12 @@ BAD = [
     ("model.num_heads=3", "model: width: got 50, expected a multiple of num_heads (3)"),
     ("model.max_length=100", "model.max_length: got 100, expected at least data.max_length (200)"),
     ("model.backend=cudnn", "model.backend: "),
-    ("embedding.sharding=column_wise", "embedding.sharding: "),
+    ("embedding.sharding=diagonal", "embedding.sharding: "),
+    ("embedding.sharding=column_wise", "embedding: sharding: got column_wise, expected another with rowwise_adagrad"),
+    ("embedding.dtype=fp8", "embedding.dtype: "),
+    ("embedding.cache_load_factor=0.5", "embedding: cache_load_factor: got 0.5, expected null: "),
+    ("+embedding.tables.item={}", "embedding: tables.item: got a second one"),
+    ("+embedding.tables.city={}", "embedding.tables: got city, expected no further table"),
     ("embedding.optimizer.kind=adam", "embedding.optimizer.kind: "),
     ("embedding.optimizer.eps=0", "embedding.optimizer.eps: Input should be greater than 0 (got 0)"),
     (

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from hstu_dist import preflight as preflight_module
 from hstu_dist.config import RunConfig, compose
 from hstu_dist.data.config import EventsConfig, prepare_command
 from hstu_dist.data.prepare import prepare
+from hstu_dist.distributed.config import ITEM, TableShape
+from hstu_dist.distributed.table_plan import configured_plan
 from hstu_dist.errors import UserError
 from hstu_dist.preflight import check_plan, preflight
 from hstu_dist.run_folder import RunFolder
@@ -74,6 +77,50 @@ def test_the_advised_number_of_ranks_is_the_smallest_that_fits(tiny_data: Path, 
     with pytest.raises(UserError, match="use at least 4 ranks"):
         check_plan(config, num_items=4_000, world_size=3)
     check_plan(config, num_items=4_000, world_size=4)
+
+
+def test_all_tables_count_and_every_rank_needs_a_row(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run(tmp_path, tiny_data, f"cluster.memory_per_rank_gib={40_000 / GIB}")
+    check_plan(config, num_items=1_000, world_size=1)
+    with pytest.raises(UserError, match="table item: row_wise cannot split 3 rows over 4 ranks -> "):
+        check_plan(config, num_items=3, world_size=4)
+    # copies of another table: 8,000 bytes of weights and 1,000 of an accumulator a rank
+    monkeypatch.setattr(
+        preflight_module, "table_shapes", lambda config, items: {ITEM: TableShape(items, 8), "city": TableShape(250, 8)}
+    )
+    with pytest.raises(
+        UserError, match=r"rank 0 of 1 \(item: 1000 rows, .*; city: 250 rows, .*data_parallel\)"
+    ) as caught:
+        check_plan(config, num_items=1_000, world_size=1)
+    assert "at least 2 ranks" in caught.value.remedy
+    check_plan(config, num_items=1_000, world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["embedding.compute_kernel=fused_uvm"], "embedding table item: compute_kernel: got fused_uvm, .* CUDA only"),
+        (["embedding.compute_kernel=key_value"], "embedding table item: compute_kernel: got key_value, .* CUDA only"),
+        (["embedding.dtype=bf16"], "embedding table item: dtype: got bf16, .* CUDA only"),
+    ],
+)
+def test_what_needs_cuda_is_refused_before_ranks_start(
+    overrides: list[str], problem: str, tiny_data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=problem):
+        run(tmp_path, tiny_data, *overrides)
+
+
+def test_a_plan_for_another_number_of_ranks_is_refused(tiny_data: Path, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    specs = run(tmp_path, tiny_data).embedding.specs({ITEM: TableShape(NUM_ITEMS, 8)})
+    configured_plan(specs, world_size=2).save(file)
+    config = run(tmp_path, tiny_data, f"embedding.plan={file}")
+    preflight(config, world_size=2)
+    with pytest.raises(UserError, match=r"made for 2 ranks, this run has 3"):
+        preflight(config, world_size=3)
 
 
 @pytest.mark.parametrize(("ranks", "parts", "most"), [(1, 9, 8), (2, 5, 4), (3, 3, 2), (16, 2, 1)])

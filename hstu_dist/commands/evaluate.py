@@ -8,7 +8,7 @@ from hstu_dist.checkpoint.manager import CheckpointManager
 from hstu_dist.commands.sessions import open_session
 from hstu_dist.config import RunConfig
 from hstu_dist.data.split import Split
-from hstu_dist.distributed.process_group import claim_machine, process_group
+from hstu_dist.distributed.process_group import claim_machine, claim_precision, process_group
 from hstu_dist.errors import UserError
 from hstu_dist.preflight import preflight
 from hstu_dist.run_folder import RunFolder
@@ -26,6 +26,7 @@ def evaluate_run(config: RunConfig, split: Split, say: Callable[[str], None]) ->
     with process_group(config.trainer.device, config.trainer.timeout_seconds) as world:
         preflight(config, world.size)
         claim_machine(config.trainer.threads, world)
+        claim_precision(config.trainer.precision, world.device)
         checkpoints = CheckpointManager(RunFolder(config.run_dir).checkpoints, config.trainer.checkpoint.keep)
         session = open_session(config, world)
         loaded = checkpoints.load_newest(session.tensors(), set_aside=False)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from hstu_dist.actions import WHOLE_WORD, ActionField, action_fields
-from hstu_dist.commands.session import Session, average_of
+from hstu_dist.commands.session import Session, average_of, dense_settings, open_tables
 from hstu_dist.config import RunConfig
 from hstu_dist.data.config import prepare_command
 from hstu_dist.data.contextual import contextual_features
@@ -75,13 +75,14 @@ class RankingSession(Session):
             outputs=len(loss.heads),
             head_width=task.head_width or config.model.width,
         )
-        ranker = Ranker(config.model, shape, config.embedding, world.device, config.seed, config.trainer.parallel)
+        tables = open_tables(config, dataset.num_items, world)
+        ranker = Ranker(tables, config.model, shape, world.device, config.seed, dense_settings(config))
         return cls(
             config=config,
             world=world,
             dataset=dataset,
             recommender=ranker,
-            optimizers=Optimizers(ranker.tower, ranker.table.optimizer, config.optimizer),
+            optimizers=Optimizers(ranker.tower, tables.optimizer, config.optimizer),
             average=average_of(ranker, config.optimizer.average_decay),
             ranker=ranker,
             heads=heads,

@@ -13,10 +13,14 @@ from hstu_dist.data.config import BatchingConfig, LoaderConfig
 from hstu_dist.data.dataset import SequenceDataset
 from hstu_dist.data.loader import BatchLoader, Shard, popularity
 from hstu_dist.data.split import Split
+from hstu_dist.distributed.parallel import DenseSettings
+from hstu_dist.distributed.planner import build_tables
 from hstu_dist.distributed.process_group import World
 from hstu_dist.distributed.ranker import Ranker
 from hstu_dist.distributed.recommender import Recommender
+from hstu_dist.distributed.tables import EmbeddingTables
 from hstu_dist.models.flops import Workload, count_flops
+from hstu_dist.preflight import memory_limit, table_shapes
 from hstu_dist.train.average import WeightAverage
 from hstu_dist.train.evaluate import evaluate, evaluate_popularity
 from hstu_dist.train.optimizer import Optimizers
@@ -49,10 +53,9 @@ class Session:
         """Opens the data and builds the model, the same at any world size for a seed."""
         dataset = SequenceDataset.open(config.data.path)
         model, _ = config.retrieval
-        recommender = Recommender(
-            dataset.num_items, model, config.embedding, world.device, config.seed, config.trainer.parallel
-        )
-        optimizers = Optimizers(recommender.tower, recommender.table.optimizer, config.optimizer)
+        tables, dense = open_tables(config, dataset.num_items, world), dense_settings(config)
+        recommender = Recommender(tables, model, world.device, config.seed, dense)
+        optimizers = Optimizers(recommender.tower, recommender.tables.optimizer, config.optimizer)
         average = average_of(recommender, config.optimizer.average_decay)
         return cls(config, world, dataset, recommender, optimizers, average)
 
@@ -84,6 +87,7 @@ class Session:
             batching=trainer.batching if training else BatchingConfig(),
             cost=sequence_cost(lambda n: self.training_flops(self.workload([n])), self.config.data.max_length),
             stochastic_length=self.config.data.stochastic_length if training else None,
+            emission=trainer.emission if training else None,
         )
 
     def objective(self) -> Objective:
@@ -125,9 +129,20 @@ class Session:
         if self.average is not None:
             flat |= {f"average.{name}": value for name, value in self.average.averages.items()}
         flat |= {f"optimizer.{name}": value for name, value in self.optimizers.state_tensors().items()}
-        table_state = self.recommender.table.optimizer.state_tensors()
+        table_state = self.recommender.tables.optimizer.state_tensors()
         flat |= {f"table_optimizer.{name}": value for name, value in table_state.items()}
         return flat
+
+
+def open_tables(config: RunConfig, num_items: int, world: World) -> EmbeddingTables:
+    """The tables that a run's model looks up, sharded over the ranks."""
+    shapes = table_shapes(config, num_items)
+    return build_tables(config.embedding, shapes, world.device, config.seed, memory_limit(config))
+
+
+def dense_settings(config: RunConfig) -> DenseSettings:
+    """How a run's tower is shared and computed."""
+    return DenseSettings(parallel=config.trainer.parallel, precision=config.trainer.precision)
 
 
 def average_of(recommender: Recommender | Ranker, decay: float | None) -> WeightAverage | None:
@@ -138,7 +153,7 @@ def average_of(recommender: Recommender | Ranker, decay: float | None) -> Weight
 def _weights(recommender: Recommender | Ranker) -> dict[str, Any]:
     """Weights of tower and table under the names that checkpoints use."""
     flat: dict[str, Any] = {f"tower.{name}": value for name, value in recommender.tower.state_dict().items()}
-    return flat | {f"table.{name}": value for name, value in recommender.table.sharded.state_dict().items()}
+    return flat | {f"table.{name}": value for name, value in recommender.tables.weights().items()}
 
 
 def sequence_cost(flops: Callable[[int], int], longest: int) -> CostLaw:

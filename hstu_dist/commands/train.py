@@ -12,13 +12,15 @@ from typing import Any
 import torch.distributed as dist
 
 from hstu_dist.checkpoint.manager import CheckpointManager
+from hstu_dist.commands.embedding_table import embedding_table
 from hstu_dist.commands.result_table import finished_report, result_table
 from hstu_dist.commands.session import Session
 from hstu_dist.commands.sessions import open_session
 from hstu_dist.config import RunConfig, to_dict
 from hstu_dist.data.split import Split
 from hstu_dist.distributed.agreement import check_machines_agree
-from hstu_dist.distributed.process_group import World, claim_machine, process_group
+from hstu_dist.distributed.process_group import World, claim_machine, claim_precision, process_group
+from hstu_dist.distributed.table_plan import PLAN_FILE
 from hstu_dist.errors import UserError
 from hstu_dist.preflight import preflight
 from hstu_dist.run_folder import RunFolder
@@ -52,6 +54,7 @@ def train(config: RunConfig, say: Callable[[str], None]) -> None:
                 say(finished_report(config, result))
             return
         claim_machine(config.trainer.threads, world)
+        claim_precision(config.trainer.precision, world.device)
         with _locked(folder, world):
             _run(config, world, folder, say)
 
@@ -80,6 +83,7 @@ def _run(config: RunConfig, world: World, folder: RunFolder, say: Callable[[str]
     if world.is_main:
         _announce(session, state, say)
         folder.describe(config)
+        session.recommender.tables.plan.save(folder.path / PLAN_FILE)
     if not _fit(session, checkpoints, state, folder):
         if world.is_main:
             by = f" by {folder.stop_file}" if folder.stop_file.exists() else ""
@@ -106,7 +110,8 @@ def _announce(session: Session, state: TrainState, say: Callable[[str], None]) -
         f"run {config.run_dir}: {manifest.name}, {manifest.num_users} users, {manifest.num_items} items, "
         f"{manifest.num_events} events, {session.world.size} ranks"
     )
-    say(session.recommender.table.describe())
+    tables = session.recommender.tables
+    say(embedding_table(tables.specs, tables.plan))
     if state.step:
         say(f"continuing at epoch {state.epoch}, step {state.step}")
 
@@ -130,7 +135,7 @@ def _fit(session: Session, checkpoints: CheckpointManager, state: TrainState, fo
             stop_epoch=config.trainer.stop_epoch,
             world=world,
             workload=session.workload,
-            peak_flops=job_peak_flops(config.trainer.peak_flops, world),
+            peak_flops=job_peak_flops(config.trainer.peak_flops, config.trainer.precision, world),
             hooks=[
                 LogHook(config.trainer.logging, log, session.training_flops),
                 *([] if session.average is None else [AverageHook(session.average)]),

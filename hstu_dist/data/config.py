@@ -221,6 +221,26 @@ class BatchingConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class EmissionConfig:
+    """Generative training with sequences emitted at a rate of 1/n (arXiv 2402.17152, section 2.3).
+
+    An epoch has a sequence of n inputs with probability min(1, s / n). Draws are new every epoch and depend on seed,
+    user and epoch only.
+
+    Attributes:
+        scale: s; 1: in the mean every sequence comes once in n epochs.
+        share: instead of `scale`: s is chosen so that an epoch has this share of all sequences on average.
+    """
+
+    scale: float | None = Field(default=None, gt=0)
+    share: float | None = Field(default=None, gt=0, le=1)
+
+    def __post_init__(self) -> None:
+        if (self.scale is None) == (self.share is None):
+            raise ValueError(f"scale, share: got {self.scale} and {self.share}, expected one of them")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class LoaderConfig:
     """Which batches are made of a data set; independent of the number of ranks.
 
@@ -234,6 +254,7 @@ class LoaderConfig:
         batching: how batches are cut and shared out.
         cost: work of a sequence by its length, what batching by FLOPs and balancing go by.
         stochastic_length: random subsequences; None: whole histories.
+        emission: which sequences an epoch has; None: all of them.
         moments: split by time, every event with its own action as the target; None: leave-one-out.
     """
 
@@ -246,6 +267,7 @@ class LoaderConfig:
     batching: BatchingConfig = Field(default_factory=BatchingConfig)
     cost: CostLaw = Field(default_factory=CostLaw)
     stochastic_length: StochasticLengthConfig | None = None
+    emission: EmissionConfig | None = None
     moments: Moments | None = None
 
 

@@ -22,6 +22,7 @@ from hstu_dist.data.balance import (
 )
 from hstu_dist.data.config import BatchingConfig, LoaderConfig
 from hstu_dist.data.draws import uniform, words
+from hstu_dist.data.emission import Emission
 from hstu_dist.data.split import Rows
 from hstu_dist.data.stochastic_length import StochasticLength
 
@@ -29,14 +30,14 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 _WINDOWS = 1
-"""Use of a sequence's random numbers; Stochastic Length has the ones without a number of their use."""
+"""Use of a sequence's random numbers; Stochastic Length has the ones without a number of their use, `emission` 2."""
 
 
 class EpochPlanner:
     """Lays out the epochs of a run.
 
-    The number of batches is the same in every epoch, although lengths may be drawn anew: learning-rate schedules and
-    positions (epoch, batch) rely on it.
+    The number of batches is the same in every epoch, although lengths and sequences may be drawn anew: learning-rate
+    schedules and positions (epoch, batch) rely on it.
     """
 
     def __init__(self, rows: Rows, config: LoaderConfig) -> None:
@@ -44,6 +45,7 @@ class EpochPlanner:
         self.config = config
         law = config.stochastic_length
         self.stochastic_length = None if law is None else StochasticLength(law, config.max_length, config.seed)
+        self.emission = None if config.emission is None else Emission(config.emission, rows.lengths, config.seed)
         self.num_batches = self._num_batches()
 
     def layout(self, epoch: int) -> EpochLayout:
@@ -54,11 +56,20 @@ class EpochPlanner:
         lengths = rows.lengths
         if self.stochastic_length is not None:
             lengths = self.stochastic_length.kept_lengths(rows.sequences, lengths, epoch)
-        if self.config.batching.by == "sequences":
-            bounds = np.minimum(np.arange(self.num_batches + 1) * self.config.global_batch_size, len(order))
-        else:
-            bounds = equal_cost_bounds(self._budgeted.of(lengths[order]), self.num_batches)
+        if self.emission is not None:
+            # by whole lengths: what is emitted must not depend on how it is cut
+            order = order[self.emission.emitted(rows.sequences, rows.lengths, epoch)[order]]
+        bounds = self._bounds(lengths[order])
         return EpochLayout(epoch=epoch, order=order, starts=starts, lengths=lengths, bounds=bounds, config=self.config)
+
+    def _bounds(self, lengths: Ints) -> Ints:
+        """Where the batches of an epoch end, for the lengths of its sequences in order."""
+        if self.emission is not None and (self.config.batching.by == "sequences" or len(lengths) < self.num_batches):
+            # as many batches as sequences are expected for: sizes follow how many were drawn
+            return np.round(np.linspace(0, len(lengths), self.num_batches + 1)).astype(np.int64)
+        if self.config.batching.by == "sequences":
+            return np.minimum(np.arange(self.num_batches + 1) * self.config.global_batch_size, len(lengths))
+        return equal_cost_bounds(self._budgeted.of(lengths), self.num_batches)
 
     @property
     def _budgeted(self) -> CostLaw:
@@ -66,19 +77,26 @@ class EpochPlanner:
         return self.config.cost if self.config.batching.by == "flops" else CostLaw()
 
     def _num_batches(self) -> int:
-        count, batching = len(self.rows.sequences), self.config.batching
+        batching, chances = self.config.batching, self._chances()
+        count = math.ceil(float(chances.sum()))
         if batching.budget is None or not count:
             return -(-count // self.config.global_batch_size)
-        return min(count, max(1, math.ceil(self._expected_cost() / batching.budget)))
+        return min(count, max(1, math.ceil(float((chances * self._expected_costs()).sum()) / batching.budget)))
 
-    def _expected_cost(self) -> float:
-        """Of an epoch, over the draws of lengths."""
+    def _chances(self) -> Floats:
+        """[R], how likely each row is part of an epoch."""
+        lengths = self.rows.lengths
+        return np.ones(len(lengths)) if self.emission is None else self.emission.probability(lengths)
+
+    def _expected_costs(self) -> Floats:
+        """[R], over the draws of lengths."""
         lengths = self.rows.lengths
         whole = self._budgeted.of(lengths)
         if self.stochastic_length is None:
-            return float(whole.sum())
+            return whole
         cut = self._budgeted.of(np.minimum(lengths, self.stochastic_length.cut_length))
-        return float((cut + self.stochastic_length.keep_probability(lengths) * (whole - cut)).sum())
+        expected: Floats = cut + self.stochastic_length.keep_probability(lengths) * (whole - cut)
+        return expected
 
     def _order(self, epoch: int) -> Ints:
         count = len(self.rows.sequences)
@@ -95,7 +113,7 @@ class EpochLayout:
 
     Attributes:
         epoch: which one.
-        order: [R] int64, indices into the rows of the split, batch after batch.
+        order: [R] int64, indices into the rows of the split, batch after batch; with emission, some are left out.
         starts: [R] int64, first input that each row of the split has in this epoch, counted within its sequence.
         lengths: [R] int64, inputs that each row of the split has in this epoch.
         bounds: [batches + 1] int64; batch b is order[bounds[b] : bounds[b + 1]].

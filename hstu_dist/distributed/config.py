@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass as plain_dataclass
 from typing import Any, Literal
 
 from pydantic import Field
@@ -9,6 +11,14 @@ from pydantic.dataclasses import dataclass
 
 from hstu_dist.errors import UserError
 from hstu_dist.validation import STRICT
+
+ITEM = "item"
+"""Name of the item table."""
+
+ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+_CACHE_LOAD_FACTOR = 0.2
+"""fbgemm's own."""
 
 _LANES = 4
 """fbgemm stores rows in multiples of four elements; narrower rows are padded and the padding is never read."""
@@ -61,24 +71,154 @@ class TableOptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class EmbeddingConfig:
-    """The item table.
+class TableConfig:
+    """One table: where its rows live, what they are stored as and how they begin.
 
     Attributes:
-        sharding: row_wise splits the rows over the ranks; table_wise keeps the table whole on one rank.
-        init_std: standard deviation of the truncated normal initialisation.
-        optimizer: how rows are updated.
+        sharding: row_wise splits the rows over the ranks; table_wise keeps the table whole on one rank; column_wise
+            splits every row, for optimizers that treat elements alone; data_parallel keeps a copy on every rank, for
+            small tables; planner leaves the choice to TorchRec's planner.
+        compute_kernel: memory that rows and their state live in: fused the device's; fused_uvm the host's;
+            fused_uvm_caching the host's behind a cache on the device; key_value an SSD's. All but fused need CUDA.
+        cache_load_factor: share of the rows that the cache of fused_uvm_caching holds; null: 0.2, or no cache.
+        dtype: of the stored rows; state and arithmetic are fp32, and updates of shorter rows are rounded at random, so
+            that they do not vanish. bf16 needs CUDA.
+        initialiser: truncated_normal (cut at two standard deviations before scaling) or uniform.
+        init_std: standard deviation of the initialisation.
     """
 
-    sharding: Literal["row_wise", "table_wise"] = "row_wise"
+    sharding: Literal["row_wise", "table_wise", "column_wise", "data_parallel", "planner"] = "row_wise"
+    compute_kernel: Literal["fused", "fused_uvm", "fused_uvm_caching", "key_value"] = "fused"
+    cache_load_factor: float | None = Field(default=None, gt=0, lt=1)
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    initialiser: Literal["truncated_normal", "uniform"] = "truncated_normal"
     init_std: float = Field(default=0.02, gt=0)
-    optimizer: TableOptimizerConfig = Field(default_factory=TableOptimizerConfig)
 
-    def bytes_per_rank(self, num_rows: int, width: int, world_size: int) -> int:
-        """Largest share of weights and optimizer state that one rank holds, in bytes (fp32)."""
-        rows = -(-num_rows // world_size) if self.sharding == "row_wise" else num_rows
-        stored = stored_width(width)
-        return rows * 4 * (stored + self.optimizer.state_per_row(stored))
+    def __post_init__(self) -> None:
+        caches = self.compute_kernel == "fused_uvm_caching"
+        if caches and self.cache_load_factor is None:
+            object.__setattr__(self, "cache_load_factor", _CACHE_LOAD_FACTOR)
+        if not caches and self.cache_load_factor is not None:
+            raise ValueError(f"cache_load_factor: got {self.cache_load_factor}, expected null: {self.compute_kernel}")
+        if self.sharding == "data_parallel" and self.compute_kernel != "fused":
+            raise ValueError(f"compute_kernel: got {self.compute_kernel}, expected fused: every rank holds a copy")
+
+    def needs_cuda(self) -> str | None:
+        """What of this table runs on CUDA only, and why; None: nothing."""
+        if self.compute_kernel != "fused":
+            return f"compute_kernel: got {self.compute_kernel}, which fbgemm has for CUDA only"
+        if self.dtype == "bf16":
+            return "dtype: got bf16, in which fbgemm keeps rows on CUDA only"
+        return None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class FurtherTableConfig(TableConfig):
+    """A table besides the item table.
+
+    Attributes:
+        rows: null: as many as the feature has ids; more leaves room.
+        width: null: as wide as the model asks for.
+        sharding: as of any table.
+        optimizer: how rows are updated; null: as the item table's.
+    """
+
+    rows: int | None = Field(default=None, gt=0)
+    width: int | None = Field(default=None, gt=0)
+    sharding: Literal["row_wise", "table_wise", "column_wise", "data_parallel", "planner"] = "data_parallel"
+    optimizer: TableOptimizerConfig | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EmbeddingConfig(TableConfig):
+    """The item table, whose rows and width follow from data and model, and further tables.
+
+    Attributes:
+        optimizer: how rows of the item table are updated.
+        plan: file with a plan of an earlier run (`embedding_plan.json` of its folder), used in place of `sharding`;
+            null: none.
+        tables: settings of further tables, by the name of the feature whose ids they hold.
+    """
+
+    optimizer: TableOptimizerConfig = Field(default_factory=TableOptimizerConfig)
+    plan: str | None = None
+    tables: dict[str, FurtherTableConfig] = Field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if ITEM in self.tables:
+            raise ValueError(f"tables.{ITEM}: got a second one, expected the item table's settings outside of tables")
+        for name in self.tables:
+            if not name.isidentifier():
+                raise ValueError(f"tables: got {name!r}, expected a name of letters, digits and underscores")
+        for name, spec in self.specs({ITEM: _ANY, **dict.fromkeys(self.tables, _ANY)}).items():
+            table = "" if name == ITEM else f"tables.{name}."
+            if spec.config.sharding == "column_wise" and spec.optimizer.kind.startswith("rowwise"):
+                raise ValueError(
+                    f"{table}sharding: got column_wise, expected another with {spec.optimizer.kind}, "
+                    "whose state belongs to whole rows"
+                )
+
+    def specs(self, needed: Mapping[str, TableShape]) -> dict[str, TableSpec]:
+        """The tables of a run.
+
+        Args:
+            needed: by name of a table: a row for every id, and the width that the model asks for. A table without
+                settings of its own is small: every rank holds a copy.
+
+        Raises:
+            ValueError: a table is to have fewer rows than there are ids.
+        """
+        found = {}
+        for name, shape in needed.items():
+            if name == ITEM:
+                found[name] = TableSpec(shape, self, self.optimizer)
+                continue
+            config = self.tables.get(name, FurtherTableConfig())
+            rows, width = config.rows or shape.num_rows, config.width or shape.width
+            if rows < shape.num_rows:
+                raise ValueError(f"tables.{name}.rows: got {rows}, expected at least {shape.num_rows} for its ids")
+            found[name] = TableSpec(TableShape(rows, width), config, config.optimizer or self.optimizer)
+        return found
+
+
+@plain_dataclass(frozen=True)
+class TableShape:
+    """Rows and width of a table."""
+
+    num_rows: int
+    width: int
+
+
+@plain_dataclass(frozen=True)
+class TableSpec:
+    """Everything about one table of a run but who holds it.
+
+    Attributes:
+        shape: rows and width.
+        config: its settings.
+        optimizer: of its rows; never null.
+    """
+
+    shape: TableShape
+    config: TableConfig
+    optimizer: TableOptimizerConfig
+
+    @property
+    def stored_width(self) -> int:
+        """Elements of a stored row."""
+        return stored_width(self.shape.width)
+
+    def weight_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of a part of the table."""
+        return rows * columns * ELEMENT_BYTES[self.config.dtype]
+
+    def state_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of the optimizer state, in fp32, of a part of the table."""
+        return rows * 4 * self.optimizer.state_per_row(columns)
+
+
+_ANY = TableShape(1, 1)
 
 
 def stored_width(width: int) -> int:

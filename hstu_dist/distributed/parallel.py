@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from hstu_dist.distributed.config import ParallelConfig
+from hstu_dist.machine import Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseSettings:
+    """How the tower is shared and computed.
+
+    Attributes:
+        parallel: how the ranks share it; fits their number, as `preflight` has checked.
+        precision: of its matrix products; `claim_precision` has prepared the process for it.
+    """
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: Precision = "float32"
 
 
 class ParallelTower:
@@ -22,24 +39,28 @@ class ParallelTower:
     gradients or without; a rank without sequences calls it on none.
     """
 
-    def __init__(self, tower: nn.Module, config: ParallelConfig) -> None:
-        """Splits or copies `tower`, whose parameters are alike on all ranks.
-
-        Args:
-            tower: changed in place if it is sharded.
-            config: fits the number of ranks, as `preflight` has checked.
-        """
+    def __init__(self, tower: nn.Module, settings: DenseSettings) -> None:
+        """Splits or copies `tower`, whose parameters are alike on all ranks; changed in place if it is split."""
         self._sharded: FSDPModule | None = None
         self._copied: DistributedDataParallel | None = None
-        self._call: nn.Module = tower
-        if config.kind != "ddp":
-            self._sharded = _shard(tower, config)
-        elif dist.get_world_size() > 1:
-            self._call = self._copied = DistributedDataParallel(tower, gradient_as_bucket_view=True)
+        self._dtype = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
+        self._local: nn.Module = tower
+        if settings.parallel.kind != "ddp":
+            self._sharded = _shard(tower, settings)
+            return
+        if settings.precision == "bfloat16":
+            self._local = _InBfloat16(tower)
+        if dist.get_world_size() > 1:
+            self._copied = DistributedDataParallel(self._local, gradient_as_bucket_view=True)
 
-    def __call__(self, *inputs: Any) -> Tensor:
-        """As the tower."""
-        vectors: Tensor = self._call(*inputs)
+    def __call__(self, items_TD: Tensor, *rest: Any) -> Tensor:
+        """As the tower; the result is in float32 at any precision."""
+        vectors: Tensor = (self._copied or self._local)(items_TD.to(self._dtype), *rest)
+        return vectors
+
+    def local(self, items_TD: Tensor, *rest: Any) -> Tensor:
+        """The same for evaluation: copies do not speak to each other."""
+        vectors: Tensor = self._local(items_TD.to(self._dtype), *rest)
         return vectors
 
     def exchanging(self, wanted: bool) -> AbstractContextManager[None]:
@@ -55,13 +76,30 @@ class ParallelTower:
         return nullcontext()
 
 
-def _shard(tower: nn.Module, config: ParallelConfig) -> FSDPModule:
-    mesh = _mesh(next(tower.parameters()).device.type, config.shard_ranks)
+class _InBfloat16(nn.Module):
+    """Calls a tower with its parameters rounded to bfloat16; their gradients arrive, and are added up, in float32."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, items_TD: Tensor, *rest: Any) -> Tensor:
+        rounded = {name: parameter.to(torch.bfloat16) for name, parameter in self.tower.named_parameters()}
+        vectors: Tensor = functional_call(self.tower, rounded, (items_TD, *rest))
+        return vectors
+
+
+def _shard(tower: nn.Module, settings: DenseSettings) -> FSDPModule:
+    mesh = _mesh(next(tower.parameters()).device.type, settings.parallel.shard_ranks)
+    rounded = torch.bfloat16 if settings.precision == "bfloat16" else None
+    # inputs arrive in the right dtype, and a context cannot be taken apart
+    policy = MixedPrecisionPolicy(param_dtype=rounded, reduce_dtype=torch.float32, cast_forward_inputs=False)
     encoder = getattr(tower, "encoder", None)
     for layer in [] if encoder is None else encoder.get_submodule("layers").children():
         # gathered when its turn comes and freed after it, forward and backward
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(tower, mesh=mesh)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    # freed as well: what an evaluation gathered may be other weights, such as averages, than those trained next
+    return fully_shard(tower, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
 def _mesh(device_type: str, shard_ranks: int | None) -> DeviceMesh:

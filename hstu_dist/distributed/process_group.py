@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from hstu_dist.errors import PeerLostError, UserError
-from hstu_dist.machine import cores_per_rank, keep_freed_memory
+from hstu_dist.machine import Precision, cores_per_rank, keep_freed_memory
 
 _LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Socket closed|[Tt]imed out (waiting|connecting)")
 """How gloo words it when another rank has gone; the exception type is a plain RuntimeError."""
@@ -108,6 +108,24 @@ def claim_machine(threads: int | None, world: World) -> int:
     count = threads or cores_per_rank(world.local_size)
     torch.set_num_threads(count)
     return count
+
+
+def claim_precision(precision: Precision, device: torch.device) -> None:
+    """Sets what this process rounds float32 matrix products to: nothing, or TF32 if that is asked for.
+
+    Raises:
+        UserError: the device cannot compute in `precision`.
+    """
+    if device.type == "cuda":
+        name, ampere = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device) >= (8, 0)
+        available = precision == "float32" or ampere
+    else:
+        name, available = "a CPU", precision != "tf32"
+    if not available:
+        raise UserError(
+            f"trainer.precision: got {precision}, which {name} does not have", "use trainer.precision=float32"
+        )
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

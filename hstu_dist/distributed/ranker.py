@@ -1,4 +1,4 @@
-"""The ranking model on one rank: the sharded item table and a ranking tower that the ranks share."""
+"""The ranking model on one rank: sharded tables and a ranking tower that the ranks share."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from hstu_dist.batch import JaggedBatch
-from hstu_dist.distributed.config import EmbeddingConfig, ParallelConfig
-from hstu_dist.distributed.parallel import ParallelTower
-from hstu_dist.distributed.recommender import whole_table
-from hstu_dist.distributed.tables import ItemTable, TableShape
+from hstu_dist.distributed.config import ITEM
+from hstu_dist.distributed.parallel import DenseSettings, ParallelTower
+from hstu_dist.distributed.recommender import all_items
+from hstu_dist.distributed.tables import EmbeddingTables
 from hstu_dist.models.config import DLRMConfig, ModelConfig
 from hstu_dist.models.dlrm import DLRMTower
 from hstu_dist.models.ranking import RankingTower
@@ -20,27 +20,32 @@ from hstu_dist.ops import backends
 
 
 class Ranker(nn.Module):
-    """Item table and ranking tower. All ranks call every method together."""
+    """Tables and ranking tower. All ranks call every method together."""
 
     def __init__(
         self,
+        tables: EmbeddingTables,
         model: ModelConfig,
         shape: RankingShape,
-        embedding: EmbeddingConfig,
         device: torch.device,
         seed: int,
-        parallel: ParallelConfig,
+        dense: DenseSettings,
     ) -> None:
         super().__init__()
         self.shape = shape
-        self.table = ItemTable(TableShape(shape.num_items, model.width), embedding, device, seed)
+        self.tables = tables
         torch.manual_seed(seed)
         self.tower: RankingTower | DLRMTower
         if isinstance(model, DLRMConfig):
             self.tower = DLRMTower(model, shape, device, backends.row_kernels(backends.fastest(device)))
         else:
             self.tower = RankingTower(model, shape, device)
-        self._parallel = ParallelTower(self.tower, parallel)
+        self._parallel = ParallelTower(self.tower, dense)
+
+    def items(self, ids_U: Tensor) -> Tensor:
+        """Rows [U, D] of the item table."""
+        rows: dict[str, Tensor] = self.tables({ITEM: ids_U})
+        return rows[ITEM]
 
     def predict(self, items_ED: Tensor, batch: JaggedBatch, noise_key: int) -> Tensor:
         """Predictions [E, K] of every event; the backward averages over ranks.
@@ -60,9 +65,9 @@ class Ranker(nn.Module):
     @torch.no_grad()
     def predict_local(self, items_ED: Tensor, batch: JaggedBatch) -> Tensor:
         """As `predict` in evaluation; where the tower is sharded, all ranks call it equally often."""
-        predicted: Tensor = self.tower(items_ED, batch, None)
+        predicted: Tensor = self._parallel.local(items_ED, batch, None)
         return predicted
 
     def corpus(self) -> Tensor:
         """Rows [num_items, D] of the whole table, on every rank."""
-        return whole_table(self.table, next(self.tower.parameters()).device)
+        return all_items(self.tables, next(self.tower.parameters()).device)

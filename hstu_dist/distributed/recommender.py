@@ -1,4 +1,4 @@
-"""The recommender on one rank: a sharded item table and a tower that the ranks share."""
+"""The recommender on one rank: sharded tables and a tower that the ranks share."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from hstu_dist.batch import JaggedBatch
-from hstu_dist.distributed.config import EmbeddingConfig, ParallelConfig
-from hstu_dist.distributed.parallel import ParallelTower
-from hstu_dist.distributed.tables import ItemTable, TableShape
+from hstu_dist.distributed.config import ITEM
+from hstu_dist.distributed.parallel import DenseSettings, ParallelTower
+from hstu_dist.distributed.tables import EmbeddingTables
 from hstu_dist.models.config import HSTUConfig, TransformerConfig
 from hstu_dist.models.context import sequence_context
 from hstu_dist.models.tower import Tower
@@ -19,24 +19,28 @@ _CORPUS_CHUNK = 1 << 16
 
 
 class Recommender(nn.Module):
-    """Item table and tower. All ranks call every method together."""
+    """Tables and tower. All ranks call every method together."""
 
     def __init__(
         self,
-        num_items: int,
+        tables: EmbeddingTables,
         model: HSTUConfig | TransformerConfig,
-        embedding: EmbeddingConfig,
         device: torch.device,
         seed: int,
-        parallel: ParallelConfig,
+        dense: DenseSettings,
     ) -> None:
         super().__init__()
-        self.num_items = num_items
+        self.num_items = tables.specs[ITEM].shape.num_rows
         self.max_length = model.max_length
-        self.table = ItemTable(TableShape(num_items, model.width), embedding, device, seed)
+        self.tables = tables
         torch.manual_seed(seed)
         self.tower = Tower(model, device)
-        self._parallel = ParallelTower(self.tower, parallel)
+        self._parallel = ParallelTower(self.tower, dense)
+
+    def items(self, ids_U: Tensor) -> Tensor:
+        """Rows [U, D] of the item table."""
+        rows: dict[str, Tensor] = self.tables({ITEM: ids_U})
+        return rows[ITEM]
 
     def encode(self, items_TD: Tensor, batch: JaggedBatch, noise_key: int) -> Tensor:
         """Unit vectors [T, D] that score the item after each event; the backward averages over ranks.
@@ -56,19 +60,20 @@ class Recommender(nn.Module):
     @torch.no_grad()
     def encode_local(self, items_TD: Tensor, batch: JaggedBatch) -> Tensor:
         """As `encode` in evaluation; where the tower is sharded, all ranks call it equally often."""
-        vectors: Tensor = self.tower(items_TD, sequence_context(batch, self.max_length, noise_key=None))
+        vectors: Tensor = self._parallel.local(items_TD, sequence_context(batch, self.max_length, noise_key=None))
         return vectors
 
     def corpus(self) -> Tensor:
         """Rows [num_items, D] of the whole table, not normalised, on every rank."""
-        return whole_table(self.table, next(self.tower.parameters()).device)
+        return all_items(self.tables, next(self.tower.parameters()).device)
 
 
 @torch.no_grad()
-def whole_table(table: ItemTable, device: torch.device) -> Tensor:
-    """All rows [num_rows, D] of a table, on every rank."""
+def all_items(tables: EmbeddingTables, device: torch.device) -> Tensor:
+    """All rows [num_items, D] of the item table, on every rank."""
+    num_items = tables.specs[ITEM].shape.num_rows
     parts = []
-    for start in range(0, table.shape.num_rows, _CORPUS_CHUNK):
-        stop = min(start + _CORPUS_CHUNK, table.shape.num_rows)
-        parts.append(table(torch.arange(start, stop, device=device)))
+    for start in range(0, num_items, _CORPUS_CHUNK):
+        ids = torch.arange(start, min(start + _CORPUS_CHUNK, num_items), device=device)
+        parts.append(tables({ITEM: ids})[ITEM])
     return torch.cat(parts)

@@ -1,7 +1,7 @@
 """The update of touched table rows by each optimizer, written out in plain PyTorch.
 
-A rule sees only rows that a step touched, gathered into small tensors, and changes them in place. Shapes: N ids
-looked up by all ranks, U distinct ones, D stored width of a row. Of D elements the last may be padding, whose
+A rule sees only rows that a step touched, gathered into small tensors of float32, and changes them in place. Shapes:
+N ids looked up by all ranks, U distinct ones, D stored width of a row. Of D elements the last may be padding, whose
 gradient is zero.
 """
 
@@ -12,9 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from hstu_dist.distributed.config import TableOptimizerConfig
+from hstu_dist.ops.random import TokenNoise, fold
 
 _CHUNK_ELEMENTS = 1 << 16
 """Elements updated at a time: few enough for the tensors of several passes to stay in cache."""
@@ -37,7 +39,7 @@ class RowRule(Protocol):
     """One optimizer."""
 
     def new_state(self, weight_RD: Tensor) -> dict[str, Tensor]:
-        """Zeros [R] or [R, D], by the names that TorchRec gives the state of fbgemm's optimizers."""
+        """Zeros [R] or [R, D] float32, by the names that TorchRec gives the state of fbgemm's optimizers."""
 
     def update(self, rows_UD: Tensor, gradient_UD: Tensor, state: Mapping[str, Tensor], moment: Moment) -> None:
         """Changes rows and state in place; `state` is that of `new_state`, at the same rows."""
@@ -70,7 +72,7 @@ class RowwiseAdagrad:
 
     def new_state(self, weight_RD: Tensor) -> dict[str, Tensor]:
         """The accumulator, [R]."""
-        return {"momentum1": weight_RD.new_zeros(weight_RD.shape[0])}
+        return {"momentum1": _zeros(weight_RD[:, 0])}
 
     def update(self, rows_UD: Tensor, gradient_UD: Tensor, state: Mapping[str, Tensor], moment: Moment) -> None:
         """Adds to the accumulator, then divides the gradient by its root."""
@@ -99,7 +101,7 @@ class AdamW:
     def new_state(self, weight_RD: Tensor) -> dict[str, Tensor]:
         """The first moment [R, D] and the second, [R] or [R, D]."""
         second = weight_RD[:, 0] if self.rowwise else weight_RD
-        return {"momentum1": weight_RD.new_zeros(weight_RD.shape), "exp_avg_sq": weight_RD.new_zeros(second.shape)}
+        return {"momentum1": _zeros(weight_RD), "exp_avg_sq": _zeros(second)}
 
     def update(self, rows_UD: Tensor, gradient_UD: Tensor, state: Mapping[str, Tensor], moment: Moment) -> None:
         """The update of torch.optim.AdamW, with the bias correction of the table's step."""
@@ -127,45 +129,93 @@ def row_rule(config: TableOptimizerConfig, width: int) -> RowRule:
     return AdamW(width, config.betas, config.eps, config.weight_decay, rowwise=config.kind == "rowwise_adamw")
 
 
-def update_rows(
-    rule: RowRule,
-    weight_RD: Tensor,
-    state: Mapping[str, Tensor],
-    lookup: tuple[Tensor, Tensor],
-    moment: Moment,
-) -> None:
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a table that are updated in one place.
+
+    Attributes:
+        weight: [R, D], in any floating-point dtype.
+        state: of all rows, from `RowRule.new_state`.
+        key: of the random numbers by which updates of rows shorter than float32 are rounded.
+        first: (row, column) of the whole table that these rows begin at; the numbers depend on it.
+    """
+
+    weight: Tensor
+    state: Mapping[str, Tensor]
+    key: int = 0
+    first: tuple[int, int] = (0, 0)
+
+
+def update_rows(rule: RowRule, table: Rows, lookup: tuple[Tensor, Tensor], moment: Moment) -> None:
     """Updates the rows of a lookup in place; gradients of the same row are added up first.
 
     Args:
         rule: the optimizer.
-        weight_RD: the table.
-        state: of all rows, from `rule.new_state`.
+        table: the rows.
         lookup: (ids [N] int64 in any order, gradient [N, D] of each).
         moment: learning rate and number of the step.
     """
     rows_U, gradient_UD = coalesce(*lookup)
-    tensors = {"weight": weight_RD, **state}
-    chunk = max(1, _CHUNK_ELEMENTS // weight_RD.shape[1])
+    chunk = max(1, _CHUNK_ELEMENTS // table.weight.shape[1])
     for start in range(0, rows_U.numel(), chunk):
-        rows_u = rows_U[start : start + chunk]
-        gradient_uD = gradient_UD[start : start + chunk]
-        first, last = int(rows_u[0]), int(rows_u[-1])
-        if last - first == rows_u.numel() - 1:
-            # ascending without a gap, as when negatives cover a small table: no need to gather and scatter
-            touched = {name: tensor[first : last + 1] for name, tensor in tensors.items()}
-            rule.update(touched["weight"], gradient_uD, touched, moment)
-            continue
+        _update_chunk(rule, table, (rows_U[start : start + chunk], gradient_UD[start : start + chunk]), moment)
+
+
+def _update_chunk(rule: RowRule, table: Rows, distinct: tuple[Tensor, Tensor], moment: Moment) -> None:
+    rows_u, gradient_uD = distinct
+    tensors = {"weight": table.weight, **table.state}
+    first, last = int(rows_u[0]), int(rows_u[-1])
+    # ascending without a gap, as when negatives cover a small table: no need to gather and scatter
+    in_place = last - first == rows_u.numel() - 1
+    if in_place:
+        touched = {name: tensor[first : last + 1] for name, tensor in tensors.items()}
+    else:
         touched = {name: tensor.index_select(0, rows_u) for name, tensor in tensors.items()}
-        rule.update(touched["weight"], gradient_uD, touched, moment)
+    stored = touched["weight"]
+    rows = stored.float()
+    rule.update(rows, gradient_uD, touched, moment)
+    if stored.dtype != torch.float32:
+        row, column = table.first
+        noise = TokenNoise(fold(table.key, moment.step), rows_u + row)
+        words_uD = noise.words(column + rows.shape[1])[:, column:]
+        stored.copy_(stochastic_round(rows, stored.dtype, words_uD))
+    if not in_place:
         for name, tensor in tensors.items():
             tensor.index_copy_(0, rows_u, touched[name])
 
 
+def stochastic_round(x_UD: Tensor, dtype: torch.dtype, words_UD: Tensor) -> Tensor:
+    """Rounds up or down at random, in proportion to the distance: the mean of an update survives, however small it is.
+
+    Args:
+        x_UD: [U, D] float32.
+        dtype: float16 or bfloat16.
+        words_UD: [U, D] int32, all values equally likely.
+
+    Returns:
+        Values of `dtype`; beyond its largest value, that value.
+    """
+    limits = torch.finfo(dtype)
+    exponent = torch.frexp(x_UD)[1] - 1
+    # below the smallest normal number the spacing stays the same
+    spacing = torch.ldexp(torch.full_like(x_UD, limits.eps), exponent.clamp(min=math.frexp(limits.tiny)[1] - 1))
+    # 13 bits: a float16 has as many fewer than a float32, so every fraction is met exactly as often as it should be
+    uniform_UD = (words_UD >> 19).bitwise_and_(0x1FFF).float().div_(1 << 13)
+    rounded = (x_UD / spacing + uniform_UD).floor_().mul_(spacing)
+    return rounded.clamp_(limits.min, limits.max).to(dtype)
+
+
 def coalesce(ids_N: Tensor, gradient_ND: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct ids [U], ascending, and the sum [U, D] of the gradients of each, added in the order of the lookup."""
+    if bool((ids_N[1:] > ids_N[:-1]).all()):
+        return ids_N, gradient_ND
     rows_U, places_N = ids_N.unique(return_inverse=True)
     total_UD = gradient_ND.new_zeros(rows_U.numel(), gradient_ND.shape[1])
     return rows_U, total_UD.index_add_(0, places_N, gradient_ND)
+
+
+def _zeros(like: Tensor) -> Tensor:
+    return torch.zeros(like.shape, dtype=torch.float32, device=like.device)
 
 
 def _mean_square(gradient_UD: Tensor, width: int) -> Tensor:

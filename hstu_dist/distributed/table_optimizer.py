@@ -1,46 +1,52 @@
-"""The optimizer of a sharded table: one configuration, updated by our kernel on the CPU and by fbgemm's on CUDA."""
+"""Optimizers of tables: one configuration, updated by our kernel on the CPU and by fbgemm's on CUDA."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
-from torchrec import EmbeddingCollection
 from torchrec.distributed.batched_embedding_kernel import EmbeddingFusedOptimizer
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.optim import SGD, Adam, PartialRowWiseAdam, RowWiseAdagrad
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
-from hstu_dist.distributed.config import TableOptimizerConfig
+from hstu_dist.distributed.config import TableOptimizerConfig, TableSpec
+from hstu_dist.distributed.replicated_table import ReplicatedTable
 from hstu_dist.distributed.row_update import row_rule
-from hstu_dist.distributed.table_kernel import RowSharder
+from hstu_dist.distributed.table_kernel import RowSharder, RowUpdate, update_in_backward
 
-_FBGEMM: dict[str, type[torch.optim.Optimizer]] = {
+FBGEMM: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": SGD,
     "rowwise_adagrad": RowWiseAdagrad,
     "adamw": Adam,
     "rowwise_adamw": PartialRowWiseAdam,
 }
+"""The optimizers by which TorchRec asks fbgemm for its own."""
 
 
-def sharder_of(
-    collection: EmbeddingCollection, config: TableOptimizerConfig, width: int, device: torch.device
-) -> EmbeddingCollectionSharder:
-    """What makes TorchRec shard `collection` with this optimizer inside the backward.
+def row_update(spec: TableSpec) -> RowUpdate:
+    """What our kernels do with the rows of a table."""
+    assert spec.optimizer.learning_rate is not None
+    return RowUpdate(row_rule(spec.optimizer, spec.shape.width), spec.optimizer.learning_rate)
+
+
+def sharder_of(parameters: Mapping[str, tuple[nn.Parameter, TableSpec]], kernel: str) -> EmbeddingCollectionSharder:
+    """What makes TorchRec shard tables whose optimizers run inside the backward.
 
     Args:
-        collection: the tables, not sharded yet.
-        config: the optimizer.
-        width: elements of a row without padding.
-        device: where the rows will live.
+        parameters: of the collections' tables, not sharded yet, by table; they are marked with their optimizers.
+        kernel: `ours`, for the CPU, or `fbgemm`.
     """
-    if device.type == "cpu":
-        return RowSharder(row_rule(config, width))
-    apply_optimizer_in_backward(_FBGEMM[config.kind], collection.parameters(), fbgemm_arguments(config))
-    return EmbeddingCollectionSharder()
+    for parameter, spec in parameters.values():
+        if kernel == "ours":
+            update_in_backward(parameter, row_update(spec))
+        else:
+            settings = spec.optimizer
+            apply_optimizer_in_backward(FBGEMM[settings.kind], [parameter], fbgemm_arguments(settings))
+    return RowSharder() if kernel == "ours" else EmbeddingCollectionSharder()
 
 
 def fbgemm_arguments(config: TableOptimizerConfig) -> dict[str, float]:
@@ -56,38 +62,58 @@ def fbgemm_arguments(config: TableOptimizerConfig) -> dict[str, float]:
 
 
 class TableOptimizer:
-    """Tells the kernels of a sharded table what step comes next, and shows the state that a checkpoint needs."""
+    """Tells the kernels of all tables what step comes next, and shows the state that a checkpoint needs.
 
-    def __init__(self, config: TableOptimizerConfig, fused: CombinedOptimizer) -> None:
-        assert config.learning_rate is not None
-        self.learning_rate = config.learning_rate
-        self.fused = fused
-        self._counts_steps = config.betas is not None
-        # steps taken, on every rank alike, also where no row lives; a tensor, because checkpoints fill it in place
+    Attributes:
+        step: steps taken, on every rank alike, also where no row lives; a tensor, because checkpoints fill it in place.
+    """
+
+    def __init__(
+        self, specs: Mapping[str, TableSpec], fused: KeyedOptimizer | None, replicated: Mapping[str, ReplicatedTable]
+    ) -> None:
+        """Takes the optimizers of sharded tables as TorchRec combines them, if there are any, and the copied tables."""
+        self.kernels = [] if fused is None else list(kernel_optimizers(fused))
+        self.replicated = replicated
         self.step = torch.zeros((), dtype=torch.int64)
+        self._counts_steps = any(spec.optimizer.betas is not None for spec in specs.values())
+        self._rates = [(group, group["lr"]) for kernel in self.kernels for group in kernel.param_groups]
 
     def prepare(self, factor: float) -> None:
         """Begins a step; one lookup with a backward may follow, which updates its rows.
 
         Args:
-            factor: of the learning rate.
+            factor: of the learning rates.
         """
         self.step += 1
-        for optimizer in kernel_optimizers(self.fused):
-            for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate * factor
+        for group, rate in self._rates:
+            group["lr"] = rate * factor
+        for kernel in self.kernels:
             # a fused optimizer's step only hands its learning rate to the kernel
-            optimizer.step()
-            _set_step(optimizer, int(self.step))
+            kernel.step()
+            _set_step(kernel, int(self.step))
+        for table in self.replicated.values():
+            table.prepare(factor, int(self.step))
 
     def state_tensors(self) -> dict[str, Any]:
-        """State of all rows, sharded like the table, and the number of steps where the update depends on it."""
+        """State of all rows, laid out like the tables, and the number of steps where an update depends on it.
+
+        Returns:
+            `collection.embeddings.<table>.weight.<table>.<state>` → tensor, whatever the width of the table.
+        """
         tensors: dict[str, Any] = {}
         if self._counts_steps:
             tensors["step"] = self.step
-        for weight, state in self.fused.state_dict()["state"].items():
-            tensors |= {f"{weight}.{name}": value for name, value in state.items()}
+        for kernel in self.kernels:
+            for state in kernel.state_dict()["state"].values():
+                tensors |= {_state_name(name): value for name, value in state.items()}
+        for table, held in self.replicated.items():
+            tensors |= {_state_name(f"{table}.{name}"): value for name, value in held.rows.state.items()}
         return tensors
+
+
+def _state_name(name: str) -> str:
+    table = name.partition(".")[0]
+    return f"collection.embeddings.{table}.weight.{name}"
 
 
 def kernel_optimizers(optimizer: KeyedOptimizer) -> Iterator[KeyedOptimizer]:

@@ -1,121 +1,136 @@
-"""The item table: a TorchRec EmbeddingCollection, sharded over the ranks, with its optimizer fused in."""
+"""All embedding tables of a run: TorchRec collections sharded over the ranks, copies of small tables, one optimizer."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torchrec import EmbeddingCollection, KeyedJaggedTensor
-from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise, table_wise
-from torchrec.distributed.types import ModuleSharder, ShardedTensor, ShardingEnv, ShardingPlan
-from torchrec.modules.embedding_configs import EmbeddingConfig as TableConfig
+from torchrec.distributed.types import ShardedTensor
 
-from hstu_dist.distributed.config import EmbeddingConfig, stored_width
-from hstu_dist.distributed.table_optimizer import TableOptimizer, sharder_of
+from hstu_dist.distributed.config import ITEM, TableSpec
+from hstu_dist.distributed.replicated_table import ReplicatedTable
+from hstu_dist.distributed.table_kernel import rounding_key
+from hstu_dist.distributed.table_optimizer import TableOptimizer, row_update
+from hstu_dist.distributed.table_plan import EmbeddingPlan
+from hstu_dist.distributed.torchrec_tables import sharded_tables
+from hstu_dist.errors import UserError
 from hstu_dist.ops.random import TokenNoise, fold
 
-_FEATURE = "item"
 _INIT_CHUNK = 1 << 16
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+IdMapping = Callable[[Tensor], Tensor]
+"""Rows [N] int64 of ids [N] int64; all ranks call it together, each with its own ids."""
 
 
-@dataclass(frozen=True)
-class TableShape:
-    """Rows and width of a table."""
+class EmbeddingTables(nn.Module):
+    """Looks rows of tables up by id, wherever they live; their optimizers update them inside the backward.
 
-    num_rows: int
-    width: int
+    A training step begins with `optimizer.prepare` and looks up once, in all the tables that it needs: each lookup
+    that is differentiated updates its rows. Each rank passes the ids that it needs, any number of them; passing each id
+    once saves communication. All ranks must call it together and name the same tables.
 
-
-class ItemTable(nn.Module):
-    """Looks rows up by id, wherever they live; the optimizer updates them inside the backward.
-
-    A training step begins with `optimizer.prepare` and looks up once: each lookup that is differentiated updates
-    its rows. Each rank passes the ids that it needs, any number of them; passing each id once saves communication.
-    All ranks must call it together.
+    Attributes:
+        specs: the tables.
+        plan: who holds them.
+        optimizer: of all tables.
+        id_mappings: what turns the ids of a table into its rows, by table; ids of other tables are row numbers. A
+            vocabulary that grows, or a hash, goes here.
     """
 
-    def __init__(self, shape: TableShape, config: EmbeddingConfig, device: torch.device, seed: int) -> None:
+    def __init__(self, specs: Mapping[str, TableSpec], plan: EmbeddingPlan, device: torch.device, seed: int) -> None:
+        """Builds the tables as `plan` says and fills them, the same for a seed at any plan.
+
+        Raises:
+            UserError: a table has what this device has not.
+        """
         super().__init__()
-        self.shape = shape
-        collection = EmbeddingCollection(
-            tables=[
-                TableConfig(
-                    name=_FEATURE,
-                    num_embeddings=shape.num_rows,
-                    # padding columns: fbgemm's width rule
-                    embedding_dim=stored_width(shape.width),
-                    feature_names=[_FEATURE],
-                )
-            ],
-            device=torch.device("meta"),
-        )
-        sharder = sharder_of(collection, config.optimizer, shape.width, device)
-        self.sharded = DistributedModelParallel(
-            _Lookup(collection),
-            env=ShardingEnv.from_process_group(dist.group.WORLD),
-            device=device,
-            plan=_plan(collection, config, device, sharder),
-            sharders=[sharder],
-            # nothing dense is inside: a data-parallel wrapper would find no parameters
-            init_data_parallel=False,
-        )
-        self.optimizer = TableOptimizer(config.optimizer, self.sharded.fused_optimizer)
-        self._initialise(config.init_std, seed)
+        check_device(specs, device)
+        self.specs = dict(specs)
+        self.plan = plan
+        self.id_mappings: dict[str, IdMapping] = {}
+        copies = [name for name in specs if _is_whole(plan, name, device)]
+        self.sharded = sharded_tables({name: spec for name, spec in specs.items() if name not in copies}, plan, device)
+        self.replicated = nn.ModuleDict({name: _replicate(name, specs[name], device, seed) for name in copies})
+        fused = None if self.sharded is None else self.sharded.fused_optimizer
+        self.optimizer = TableOptimizer(specs, fused, dict(self._copies()))
+        self._initialise(seed)
 
-    def forward(self, ids_U: Tensor) -> Tensor:
-        """Rows [U, width] of ids [U] int64."""
-        rows: Tensor = self.sharded(ids_U)
-        return rows[:, : self.shape.width]
+    def forward(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rows [N, width] in fp32 of each table that is named.
 
-    def describe(self) -> str:
-        """The sharding plan as a table."""
-        return str(self.sharded.plan)
+        Args:
+            ids: by table, [N] int64.
+        """
+        rows = {name: mapping(ids[name]) for name, mapping in self.id_mappings.items() if name in ids}
+        rows = {**ids, **rows}
+        found = {name: table(rows[name]) for name, table in self._copies() if name in rows}
+        if self.sharded is not None:
+            found |= self.sharded(rows)
+        return {name: found[name][:, : self.specs[name].shape.width] for name in ids}
+
+    def weights(self) -> dict[str, Any]:
+        """Weights by `collection.embeddings.<table>.weight`: ShardedTensors, and of copies plain tensors."""
+        found: dict[str, Any] = {}
+        if self.sharded is not None:
+            found = {_weight_name(name.split(".")[-2]): value for name, value in self.sharded.state_dict().items()}
+        return found | {_weight_name(name): table.rows.weight for name, table in self._copies()}
+
+    def _copies(self) -> list[tuple[str, ReplicatedTable]]:
+        return [(name, table) for name, table in self.replicated.items() if isinstance(table, ReplicatedTable)]
 
     @torch.no_grad()
-    def _initialise(self, std: float, seed: int) -> None:
-        """Truncated normal rows that depend on seed and row id alone, not on who holds the row."""
-        for weight in self.sharded.state_dict().values():
-            assert isinstance(weight, ShardedTensor)
-            for shard in weight.local_shards():
-                first = shard.metadata.shard_offsets[0]
-                for start in range(0, shard.tensor.shape[0], _INIT_CHUNK):
-                    rows = shard.tensor[start : start + _INIT_CHUNK]
-                    ids = torch.arange(first + start, first + start + rows.shape[0], device=rows.device)
-                    rows.copy_(TokenNoise(fold(seed, 1), ids).truncated_normal(rows.shape[1]).mul_(std))
+    def _initialise(self, seed: int) -> None:
+        """Rows that depend on seed, table and row number alone, not on who holds the row."""
+        for name, weight in self.weights().items():
+            table = name.split(".")[-2]
+            if isinstance(weight, ShardedTensor):
+                for shard in weight.local_shards():
+                    row, column = shard.metadata.shard_offsets
+                    _fill(shard.tensor, (row, column), self.specs[table], _key(table, seed))
 
 
-class _Lookup(nn.Module):
-    """EmbeddingCollection with plain tensors in and out: one jagged row that holds all ids."""
+def check_device(specs: Mapping[str, TableSpec], device: torch.device) -> None:
+    """Whether a kind of device has everything that the tables ask for.
 
-    def __init__(self, collection: EmbeddingCollection) -> None:
-        super().__init__()
-        self.collection = collection
-
-    def forward(self, ids_U: Tensor) -> Tensor:
-        lengths = torch.tensor([ids_U.numel()], dtype=torch.int64, device=ids_U.device)
-        features = KeyedJaggedTensor(keys=[_FEATURE], values=ids_U.contiguous(), lengths=lengths)
-        rows: Tensor = self.collection(features)[_FEATURE].values()
-        return rows
+    Raises:
+        UserError: it has not.
+    """
+    for name, spec in specs.items():
+        lacking = spec.config.needs_cuda()
+        if lacking is not None and device.type != "cuda":
+            raise UserError(f"embedding table {name}: {lacking}", "use compute_kernel=fused and dtype=fp32 or fp16")
 
 
-def _plan(
-    collection: EmbeddingCollection, config: EmbeddingConfig, device: torch.device, sharder: ModuleSharder[nn.Module]
-) -> ShardingPlan:
-    # always the fused kernel: on CPU the dense one ignores unpooled mode and corrupts memory
-    kernel = "fused"
-    per_table = (
-        row_wise(compute_kernel=kernel) if config.sharding == "row_wise" else table_wise(rank=0, compute_kernel=kernel)
-    )
-    world_size = dist.get_world_size()
-    module_plan = construct_module_sharding_plan(
-        collection,
-        {_FEATURE: per_table},
-        sharder=sharder,
-        world_size=world_size,
-        local_size=world_size,
-        device_type=device.type,
-    )
-    return ShardingPlan({"collection": module_plan})
+def _is_whole(plan: EmbeddingPlan, table: str, device: torch.device) -> bool:
+    """Whether our kernel alone serves a table: it is copied, or on the one rank there is."""
+    return plan.tables[table].sharding == "data_parallel" or (plan.world_size == 1 and device.type == "cpu")
+
+
+def _weight_name(table: str) -> str:
+    # one name whatever the width, by which TorchRec groups: checkpoints of older versions have it, too
+    return f"collection.embeddings.{table}.weight"
+
+
+def _key(table: str, seed: int) -> int:
+    return fold(seed, 1) if table == ITEM else fold(seed, 1, zlib.crc32(table.encode()))
+
+
+def _replicate(name: str, spec: TableSpec, device: torch.device, seed: int) -> ReplicatedTable:
+    weight = torch.empty(spec.shape.num_rows, spec.stored_width, dtype=_DTYPES[spec.config.dtype], device=device)
+    _fill(weight, (0, 0), spec, _key(name, seed))
+    return ReplicatedTable(weight, row_update(spec), rounding_key(name))
+
+
+def _fill(part: Tensor, first: tuple[int, int], spec: TableSpec, key: int) -> None:
+    """Initial values of a part of a table that begins at (row, column)."""
+    row, column = first
+    for start in range(0, part.shape[0], _INIT_CHUNK):
+        rows = part[start : start + _INIT_CHUNK]
+        ids = torch.arange(row + start, row + start + rows.shape[0], device=rows.device)
+        noise, count = TokenNoise(key, ids), column + part.shape[1]
+        drawn = noise.truncated_normal(count) if spec.config.initialiser == "truncated_normal" else noise.uniform(count)
+        rows.copy_(drawn[:, column:].mul_(spec.config.init_std))

@@ -64,7 +64,7 @@ class DLRMTower(nn.Module):
         elapsed = batch.timestamps.diff(prepend=batch.timestamps[:1]).where(earlier > 0, 0)
         dense = torch.stack([earlier, elapsed], dim=1).to(items_ED.dtype).log1p()
         predicted: Tensor = self.over(self.interaction(self.dense(dense), sparse_EFD))
-        return predicted
+        return predicted.to(torch.promote_types(predicted.dtype, torch.float32))
 
 
 class _Cross(nn.Module):

@@ -5,8 +5,8 @@ visible pairs, scores of the loss. Not counted, as is custom for MFU: element-wi
 masks, softmax), norms, look-ups of items, positions and relative bias, optimizer updates, and whatever an
 implementation computes beyond the need (hidden pairs of a tile, scores nobody asked for, recomputation).
 
-Letters: T tokens, P visible (query, key) pairs, C scores per prediction, D width, L layers, H heads, Q and V head
-widths of query/key and value, F feed-forward width, N longest sequence.
+Letters: T tokens, P visible (query, key) pairs, C scores per token, D width, L layers, H heads, Q and V head widths of
+query/key and value, F feed-forward width, N longest sequence.
 """
 
 from __future__ import annotations
@@ -28,26 +28,30 @@ class Workload:
     Attributes:
         tokens: T.
         attention_pairs: P, (query, key) pairs that attention computes, over all sequences; one head of one layer.
-        predictions: positions that the loss compares; what its mean is taken over.
+        context: tokens whose targets the loss leaves out.
     """
 
     tokens: int = 0
     attention_pairs: int = 0
-    predictions: int = 0
+    context: int = 0
 
     def __add__(self, other: Workload) -> Workload:
         return Workload(
             tokens=self.tokens + other.tokens,
             attention_pairs=self.attention_pairs + other.attention_pairs,
-            predictions=self.predictions + other.predictions,
+            context=self.context + other.context,
         )
+
+    @property
+    def targets(self) -> int:
+        """Positions that count in the loss."""
+        return self.tokens - self.context
 
     @classmethod
     def causal(cls, lengths: Iterable[int]) -> Workload:
-        """Sequences whose tokens see themselves and what came before, n(n+1)/2 pairs each, and all predict."""
+        """Sequences whose tokens see themselves and what came before: n(n+1)/2 pairs each."""
         sizes = list(lengths)
-        tokens = sum(sizes)
-        return cls(tokens=tokens, attention_pairs=sum(n * (n + 1) // 2 for n in sizes), predictions=tokens)
+        return cls(tokens=sum(sizes), attention_pairs=sum(n * (n + 1) // 2 for n in sizes))
 
     @classmethod
     def full(cls, lengths: Iterable[int]) -> Workload:
@@ -56,7 +60,7 @@ class Workload:
         A padded batch is one whose lengths are all the longest.
         """
         sizes = list(lengths)
-        return cls(tokens=sum(sizes), attention_pairs=sum(n * n for n in sizes), predictions=sum(sizes))
+        return cls(tokens=sum(sizes), attention_pairs=sum(n * n for n in sizes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +73,7 @@ class FlopCount:
     Attributes:
         projections: 2·T·(weights of the dense layers of all blocks).
         attention: 2·P·L·H·(Q + V), for q kᵀ and A v.
-        scores: 2·C·D a prediction, for the similarities that the loss compares.
+        scores: 2·T·C·D, for the similarities that the loss compares; context has none.
     """
 
     projections: int
@@ -129,14 +133,13 @@ def count_flops(config: HSTUConfig | TransformerConfig, work: Workload, scores_p
     Args:
         config: the model.
         work: the batch.
-        scores_per_token: C, of each prediction: R + 1 for R sampled negatives, all items for the full softmax, 0 for
-            the tower alone.
+        scores_per_token: C: R + 1 for R sampled negatives, all items for the full softmax, 0 for the tower alone.
     """
     weights = sum(dense.inputs * dense.outputs for dense in _dense_layers(config))
     return FlopCount(
         projections=2 * work.tokens * config.num_layers * weights,
         attention=2 * work.attention_pairs * config.num_layers * config.num_heads * sum(head_widths(config)),
-        scores=2 * work.predictions * scores_per_token * config.width,
+        scores=2 * work.targets * scores_per_token * config.width,
     )
 
 

@@ -136,7 +136,8 @@ class RankingTower(nn.Module):
         x_TD = tokens.merge(contextual, items_ED, self.features.actions(batch.actions))
         encoded_TD = self.tower.encode(x_TD, interleaved_context(batch, tokens, self.max_length, noise_key))
         predicted: Tensor = self.heads(encoded_TD.index_select(0, tokens.items))
-        return predicted
+        # losses in float32 at least, whatever the layers compute in
+        return predicted.to(torch.promote_types(predicted.dtype, torch.float32))
 
 
 def contextual_codes(batch: JaggedBatch, num_contextual: int) -> Tensor:

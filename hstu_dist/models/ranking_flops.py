@@ -17,8 +17,8 @@ from hstu_dist.models.ranking_shape import DENSE, POOLED, RankingShape, token_en
 def ranking_work(config: ModelConfig, lengths: Iterable[int], num_contextual: int) -> Workload:
     """Work of sequences of so many events.
 
-    An encoder has 2n + C tokens a sequence: C² pairs of contextual tokens, and 2n tokens that see them, themselves
-    and the tokens before. DLRM has n rows and no attention.
+    An encoder has 2n + C tokens a sequence, of which n predict: C² pairs of contextual tokens, and 2n tokens that see
+    them, themselves and the tokens before. DLRM has n rows and no attention.
 
     Args:
         config: the model.
@@ -27,11 +27,11 @@ def ranking_work(config: ModelConfig, lengths: Iterable[int], num_contextual: in
     """
     sizes, C = list(lengths), num_contextual
     if isinstance(config, DLRMConfig):
-        return Workload(tokens=sum(sizes), predictions=sum(sizes))
+        return Workload(tokens=sum(sizes))
     return Workload(
         tokens=sum(2 * n + C for n in sizes),
         attention_pairs=sum(C * C + 2 * n * C + n * (2 * n + 1) for n in sizes),
-        predictions=sum(sizes),
+        context=sum(n + C for n in sizes),
     )
 
 
@@ -49,10 +49,10 @@ def count_ranking_flops(config: ModelConfig, shape: RankingShape, work: Workload
     if isinstance(config, DLRMConfig):
         weights = sum(inputs * outputs for inputs, outputs in _dlrm_layers(config, shape))
         pairs = _features(shape) ** 2 * config.width if config.interaction == "dot" else 0
-        return FlopCount(projections=2 * work.predictions * weights, attention=2 * work.predictions * pairs, scores=0)
+        return FlopCount(projections=2 * work.targets * weights, attention=2 * work.targets * pairs, scores=0)
     encoder = count_flops(config, work, scores_per_token=0)
     heads = shape.head_width * (config.width + shape.outputs)
-    return FlopCount(projections=encoder.projections, attention=encoder.attention, scores=2 * work.predictions * heads)
+    return FlopCount(projections=encoder.projections, attention=encoder.attention, scores=2 * work.targets * heads)
 
 
 def count_ranking_parameters(config: ModelConfig, shape: RankingShape) -> ParameterCount:

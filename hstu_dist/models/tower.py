@@ -53,7 +53,9 @@ class Tower(nn.Module):
         Returns:
             [T, D], rows of length 1.
         """
-        return unit_rows(self.encode(items_TD, context))
+        encoded = self.encode(items_TD, context)
+        # lengths and the loss in float32 at least, whatever the layers compute in
+        return unit_rows(encoded.to(torch.promote_types(encoded.dtype, torch.float32)))
 
     def encode(self, tokens_TD: Tensor, context: Context) -> Tensor:
         """[T, D], what the encoder makes of [T, D] embedded tokens; of no particular length."""

@@ -6,6 +6,7 @@ numbers whichever rank it lands on: runs at different world sizes stay comparabl
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -96,6 +97,11 @@ class TokenNoise:
         uniform = (self.words(count).to(torch.float64) + (2**31 + 0.5)) / 2**32
         quantiles: Tensor = torch.special.ndtri(uniform.mul_(mass).add_(low))
         return quantiles.to(torch.float32)
+
+    def uniform(self, count: int) -> Tensor:
+        """[T, count] float32, uniform with mean 0 and standard deviation 1."""
+        unit = (self.words(count).to(torch.float64) + 0.5) / 2**31
+        return unit.mul_(math.sqrt(3)).to(torch.float32)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from hstu_dist.plan.job import Job
 from hstu_dist.plan.memory import fits
 
 _MOST_RANKS = 1 << 16
+_WHOLE = ("table_wise", "data_parallel")
 
 
 def smallest_changes(job: Job, hardware: HardwareConfig, plan: PlanConfig) -> list[str]:
@@ -41,7 +42,7 @@ def smallest_changes(job: Job, hardware: HardwareConfig, plan: PlanConfig) -> li
 
 def _single(job: Job, hardware: HardwareConfig, plan: PlanConfig) -> Iterator[tuple[str, Job]]:
     """Candidates that change the run alone; of a size only the largest that fits."""
-    if job.embedding.sharding == "table_wise":
+    if job.embedding.sharding in _WHOLE:
         yield "embedding=row_wise", _row_wise(job)
     sequences = _largest(
         job.sequences_of(hardware.ranks) - 1,
@@ -58,7 +59,7 @@ def _single(job: Job, hardware: HardwareConfig, plan: PlanConfig) -> Iterator[tu
 
 
 def _lean(job: Job, hardware: HardwareConfig) -> Iterator[tuple[str, Callable[[Job], Job]]]:
-    if job.embedding.sharding == "table_wise":
+    if job.embedding.sharding in _WHOLE:
         yield "embedding=row_wise", _row_wise
     if job.sequences_of(hardware.ranks) > 1:
         size = hardware.ranks

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hstu_dist.distributed.config import EmbeddingConfig, stored_width
+from hstu_dist.distributed.config import ITEM, EmbeddingConfig, TableShape, TableSpec, stored_width
 from hstu_dist.losses.config import FullSoftmaxConfig, SampledSoftmaxConfig
 from hstu_dist.models.config import HSTUConfig, TransformerConfig
 from hstu_dist.models.flops import FlopCount, Workload, count_flops
+
+_FLOAT, _ID = 4, 8
 
 DRAWS_OF_EVERYTHING = 8
 """As in `train.step`: from so many draws per item on, a step looks up the whole table."""
@@ -42,6 +44,15 @@ class Job:
         return stored_width(self.model.width)
 
     @property
+    def tables(self) -> dict[str, TableSpec]:
+        """The item table, and further tables whose rows the settings name."""
+        shapes = {ITEM: TableShape(self.num_items, self.model.width)}
+        for name, table in self.embedding.tables.items():
+            if table.rows is not None:
+                shapes[name] = TableShape(table.rows, table.width or self.model.width)
+        return self.embedding.specs(shapes)
+
+    @property
     def tokens(self) -> int:
         """Tokens of a step, over all ranks."""
         return self.global_batch_size * self.mean_length
@@ -64,6 +75,29 @@ class Job:
             return self.num_items
         return min(self.num_items, self.tokens_of(ranks) * (2 + self.negatives))
 
+    def answered_bytes(self, ranks: int, passes: int) -> int:
+        """Ids and rows of the item table that the busiest rank exchanges for others' look-ups and its own.
+
+        Args:
+            ranks: how many there are.
+            passes: how often a row travels, as float32: once, and once more as its gradient.
+        """
+        ids, row = self.ids_of(ranks), passes * self.stored_width * _FLOAT
+        match self.embedding.sharding:
+            case "data_parallel":
+                return 0
+            case "table_wise":
+                return ranks * ids * (_ID + row)
+            case "column_wise":
+                return ids * (ranks * _ID + row)
+        # its own share, if rows are spread evenly
+        return ids * (_ID + row)
+
+    def copied_gradient_bytes(self) -> int:
+        """Of copies of the item table, whose gradients and counts of look-ups are added up over the ranks; else 0."""
+        copied = self.embedding.sharding == "data_parallel"
+        return self.num_items * (self.stored_width + 1) * _FLOAT if copied else 0
+
     def all_pairs_flops(self, ranks: int) -> int:
         """Training FLOPs of scores between every position and every row that the fullest rank looks up."""
         return 3 * 2 * self.tokens_of(ranks) * self.ids_of(ranks) * self.model.width
@@ -72,5 +106,5 @@ class Job:
         """FLOPs of a forward pass over so many sequences."""
         tokens = sequences * self.mean_length
         pairs = sequences * (self.mean_length * (self.mean_length + 1) // 2)
-        work = Workload(tokens=tokens, attention_pairs=pairs, predictions=tokens)
+        work = Workload(tokens=tokens, attention_pairs=pairs)
         return count_flops(self.model, work, self.loss.scores_per_token(self.num_items))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from hstu_dist.distributed.config import TableSpec
 from hstu_dist.models.activations import activation_bytes, gradient_elements
 from hstu_dist.models.flops import count_parameters
 from hstu_dist.plan.config import HardwareConfig, PlanConfig
@@ -27,14 +28,14 @@ class Memory:
     """Bytes of one rank.
 
     Attributes:
-        table: weights of its rows.
-        table_optimizer: state of its rows.
+        table: weights of its rows on the chip, those in a cache of host memory included.
+        table_optimizer: state of its rows on the chip.
         dense: parameters of the tower.
         gradients: of the tower.
         dense_optimizer: AdamW's moments of the tower.
         activations: what the tower keeps for its backward.
         lookups: ids, the rows they name, rows at unit length, the gradients of rows and of the tower's output.
-        communication: rows that the all-to-all sends and receives, and their ids.
+        communication: rows that the all-to-all sends and receives, and their ids; the gradients of a table's copy.
         workspace: gradients inside one block, and a block of scores.
     """
 
@@ -61,39 +62,99 @@ class Memory:
 
 def memory_of(job: Job, ranks: int) -> Memory:
     """Memory of the fullest of `ranks` ranks."""
-    rows = -(-job.num_items // ranks) if job.embedding.sharding == "row_wise" else job.num_items
+    table, state = tables_of(job, ranks).on_chip
     dense = count_parameters(job.model, num_items=0).dense
     tokens, ids, width = job.tokens_of(ranks), job.ids_of(ranks), job.model.width
     row_bytes = job.stored_width * _FLOAT
     kept = ids * (_ID + row_bytes + 2 * width * _FLOAT) + tokens * 3 * width * _FLOAT
     scores = _SCORE_BLOCKS * _FLOAT * max(_SCORE_ELEMENTS, ids)
-    state = job.embedding.optimizer.state_per_row(job.stored_width)
+    own_ids = ids * (row_bytes + _ID)
+    communication = job.copied_gradient_bytes() or own_ids + job.answered_bytes(ranks, passes=1)
     return Memory(
-        table=rows * row_bytes,
-        table_optimizer=rows * state * _FLOAT,
+        table=table,
+        table_optimizer=state,
         dense=dense * _FLOAT,
         gradients=dense * _FLOAT,
         dense_optimizer=_ADAM_MOMENTS * dense * _FLOAT,
         activations=activation_bytes(job.model, tokens),
         # negatives as drawn, and their places among the rows
         lookups=kept + 2 * tokens * job.negatives * _ID,
-        communication=0 if ranks == 1 else (1 + served(job, ranks)) * ids * (row_bytes + _ID),
+        communication=0 if ranks == 1 else communication,
         workspace=tokens * gradient_elements(job.model) * _FLOAT + scores,
     )
 
 
-def served(job: Job, ranks: int) -> int:
-    """Ranks' worth of look-ups that the busiest rank answers: its own share if rows are spread evenly."""
-    return 1 if job.embedding.sharding == "row_wise" else ranks
+@dataclass(frozen=True)
+class TableBytes:
+    """Tables of a rank: (weights, optimizer state) in each place; those of kernel key_value are in neither.
+
+    Attributes:
+        on_chip: in the chip's memory.
+        on_host: in its node's.
+    """
+
+    on_chip: tuple[int, int] = (0, 0)
+    on_host: tuple[int, int] = (0, 0)
+
+    def __add__(self, other: TableBytes) -> TableBytes:
+        chip, host = zip(self.on_chip, other.on_chip, strict=True), zip(self.on_host, other.on_host, strict=True)
+        (chip_weights, chip_state), (host_weights, host_state) = (tuple(map(sum, place)) for place in (chip, host))
+        return TableBytes((chip_weights, chip_state), (host_weights, host_state))
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return sum(self.on_chip) + sum(self.on_host)
+
+
+def tables_of(job: Job, ranks: int) -> TableBytes:
+    """Tables of the fullest of `ranks` ranks; what is left to TorchRec's planner counts as split by rows."""
+    return _even(job, ranks) + _whole(job, ranks)
+
+
+def _even(job: Job, ranks: int) -> TableBytes:
+    """What every rank has, but for a row."""
+    held = TableBytes()
+    for spec in job.tables.values():
+        rows, columns = spec.shape.num_rows, spec.stored_width
+        match spec.config.sharding:
+            case "row_wise" | "planner":
+                held += _place(spec, -(-rows // ranks), columns)
+            case "column_wise":
+                held += _place(spec, rows, -(-columns // ranks))
+            case "data_parallel":
+                held += _place(spec, rows, columns)
+    return held
+
+
+def _whole(job: Job, ranks: int) -> TableBytes:
+    """Whole tables of the fullest rank: the largest first, each where there is least."""
+    whole = [spec for spec in job.tables.values() if spec.config.sharding == "table_wise"]
+    tables = [_place(spec, spec.shape.num_rows, spec.stored_width) for spec in whole]
+    loads = [TableBytes()] * min(ranks, max(1, len(tables)))
+    for table in sorted(tables, key=lambda table: -table.total):
+        emptiest = min(range(len(loads)), key=lambda rank: loads[rank].total)
+        loads[emptiest] += table
+    return max(loads, key=lambda load: load.total)
+
+
+def _place(spec: TableSpec, rows: int, columns: int) -> TableBytes:
+    held = spec.weight_bytes(rows, columns), spec.state_bytes(rows, columns)
+    match spec.config.compute_kernel:
+        case "fused":
+            return TableBytes(on_chip=held)
+        case "key_value":
+            return TableBytes()
+    return TableBytes(on_chip=(int(held[0] * (spec.config.cache_load_factor or 0)), 0), on_host=held)
 
 
 def host_bytes(job: Job, hardware: HardwareConfig) -> int:
     """Host memory of the fullest node while a checkpoint is written: a copy of all that is saved, at most."""
     memory, local = memory_of(job, hardware.ranks), hardware.ranks_per_node
-    if job.embedding.sharding == "row_wise":
-        return local * memory.resident
-    # one rank of one node has the table
-    return memory.resident + (local - 1) * (memory.dense + memory.dense_optimizer)
+    even, whole = _even(job, hardware.ranks), _whole(job, hardware.ranks)
+    dense = memory.dense + memory.dense_optimizer
+    # once where it lives, if that is the host, and once in the copy; one rank of one node has the largest whole tables
+    return local * (dense + even.total + sum(even.on_host)) + whole.total + sum(whole.on_host)
 
 
 def limit_of(hardware: HardwareConfig, plan: PlanConfig) -> int:
@@ -115,6 +176,7 @@ def shortages(job: Job, hardware: HardwareConfig, plan: PlanConfig) -> list[str]
     host = host_bytes(job, hardware)
     if host > hardware.host_memory_gb * 1e9:
         found.append(f"{host / 1e9:.1f} GB in a node's memory for a checkpoint, {hardware.host_memory_gb:.1f} GB there")
-    if job.embedding.sharding == "row_wise" and job.num_items < hardware.ranks:
-        found.append(f"{job.num_items} rows on {hardware.ranks} ranks")
+    for spec in job.tables.values():
+        if spec.config.sharding in ("row_wise", "planner") and spec.shape.num_rows < hardware.ranks:
+            found.append(f"{spec.shape.num_rows} rows on {hardware.ranks} ranks")
     return found

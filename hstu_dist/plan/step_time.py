@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hstu_dist.distributed.config import ITEM
 from hstu_dist.plan.config import HardwareConfig, PlanConfig
 from hstu_dist.plan.job import Job
-from hstu_dist.plan.memory import memory_of, served
+from hstu_dist.plan.memory import memory_of
 
-_FLOAT, _ID = 4, 8
+_FLOAT = 4
 _DAY = 86_400
 
 _ADAMW_PASSES = 7
@@ -77,8 +78,8 @@ def step_time(job: Job, hardware: HardwareConfig, plan: PlanConfig) -> StepTime:
     total, fullest = job.flops(job.global_batch_size), job.flops(job.sequences_of(ranks))
     peak = chip.peak(plan.precision)
     # an id goes out, its row comes back, the row's gradient follows
-    exchanged = served(job, ranks) * job.ids_of(ranks) * (_ID + 2 * job.stored_width * _FLOAT)
-    gradients = memory_of(job, ranks).gradients
+    exchanged = job.answered_bytes(ranks, passes=2)
+    gradients = memory_of(job, ranks).gradients + job.copied_gradient_bytes()
     return StepTime(
         flops=total.training,
         attention_share=total.attention / total.forward,
@@ -98,8 +99,10 @@ def _memory_traffic(job: Job, ranks: int) -> int:
     memory = memory_of(job, ranks)
     state = job.embedding.optimizer.state_per_row(job.stored_width)
     # a row is read for its look-up, then read and written with its state
-    row = (3 * job.stored_width + 2 * state) * _FLOAT
-    return 2 * memory.activations + _ADAMW_PASSES * memory.dense + served(job, ranks) * job.ids_of(ranks) * row
+    row = 3 * job.tables[ITEM].weight_bytes(1, job.stored_width) + 2 * state * _FLOAT
+    # one rank looks everybody's rows up in a whole table; in a copy it updates those of everybody
+    rows = job.ids_of(ranks) * (ranks if job.embedding.sharding in ("table_wise", "data_parallel") else 1)
+    return 2 * memory.activations + _ADAMW_PASSES * memory.dense + min(rows, job.num_items * ranks) * row
 
 
 def _exchange_seconds(exchanged: int, hardware: HardwareConfig) -> float:

@@ -7,8 +7,9 @@ from typing import Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from hstu_dist.data.config import BatchingConfig
+from hstu_dist.data.config import BatchingConfig, EmissionConfig
 from hstu_dist.distributed.config import ParallelConfig
+from hstu_dist.machine import Precision
 from hstu_dist.validation import STRICT
 
 
@@ -152,14 +153,17 @@ class TrainerConfig:
             read once, after the last epoch.
         global_batch_size: sequences of one step, over all ranks; on average, if `batching` is not by sequences.
         batching: how an epoch is cut into steps, and a step's sequences are shared out among the ranks.
+        emission: generative training with sequences emitted at a rate of 1/n; null: every sequence once an epoch.
+        precision: arithmetic of the tower: float32; tf32, whose matrix products round float32 to TF32 on the way in
+            (GPUs from Ampere on); bfloat16, whose activations and matrix products are bfloat16 with float32 sums.
+            Parameters, gradients between ranks, optimizers, tables and the loss are float32 with all of them.
         micro_batches: parts, of whole sequences, that a rank computes its share of a step in, one after the other: the
             result is the same, and activations take the memory of one part.
         parallel: how the ranks share the tower.
         device: auto takes CUDA where there is one.
         threads: CPU threads of a rank; null: the machine's cores divided by its ranks.
         peak_flops: FLOP/s of one rank's device, what MFU is measured against; null: the data sheet of a known GPU for
-            float32 or TF32, whichever torch is set to, and on a CPU the rate of a float32 matrix product, measured at
-            the start.
+            `precision`, and on a CPU the rate of a matrix product in it, measured at the start.
         timeout_seconds: how long a rank waits for the others before it fails.
     """
 
@@ -168,6 +172,8 @@ class TrainerConfig:
     train_on: Literal["train", "train_validation"] = "train"
     global_batch_size: int = Field(default=128, gt=0)
     batching: BatchingConfig = Field(default_factory=BatchingConfig)
+    emission: EmissionConfig | None = None
+    precision: Precision = "float32"
     micro_batches: int = Field(default=1, gt=0)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -180,6 +186,8 @@ class TrainerConfig:
     profile: ProfileConfig = Field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
+        if self.precision == "tf32" and self.device == "cpu":
+            raise ValueError("precision: got tf32, expected float32 or bfloat16: CPUs have no TF32")
         if self.stop_epoch is not None and self.stop_epoch > self.epochs:
             raise ValueError(f"stop_epoch: got {self.stop_epoch}, expected at most epochs ({self.epochs})")
 

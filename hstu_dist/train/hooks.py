@@ -86,7 +86,7 @@ class LogHook(Hook):
         seconds = trainer.state.train_seconds - self._seconds_before
         flops_per_second = self.flops(self._work) / seconds
         values = {
-            "train/loss": float(total[0]) / max(1, self._work.predictions),
+            "train/loss": float(total[0]) / max(1, self._work.targets),
             "train/learning_rate": result.learning_rate,
             "train/epoch": trainer.state.epoch + trainer.state.batch / len(trainer.loader),
             "speed/tokens_per_second": self._work.tokens / seconds,

@@ -74,7 +74,10 @@ class RankingObjective:
             items_ED = rows_UD.index_select(0, needed.places(batch.item_ids))
             predicted_EK = self.model.predict(items_ED, batch, noise_key=fold(self.seed, step, _DROPOUT))
         with record_function("loss"):
-            return multi_task_loss(predicted_EK, self.heads.labels(batch.actions), self.heads.configs)
+            labels_EK = self.heads.labels(batch.actions)
+            if batch.trained is not None:
+                predicted_EK, labels_EK = predicted_EK[batch.trained], labels_EK[batch.trained]
+            return multi_task_loss(predicted_EK, labels_EK, self.heads.configs)
 
 
 @torch.no_grad()

@@ -14,9 +14,9 @@ class TrainState:
         epoch: epochs finished.
         batch: global batches finished in the current epoch.
         step: optimizer steps taken.
-        tokens: tokens trained on, over all ranks.
+        tokens: positions computed, over all ranks.
         attention_pairs: visible (query, key) pairs trained on, over all ranks.
-        predictions: positions that the loss compared, over all ranks.
+        context: of these positions, those whose targets the loss left out.
         best_step: step of the best validation, -1 before the first.
         best_epoch: epochs finished at the best validation.
         best_value: the monitored metric there.
@@ -36,7 +36,7 @@ class TrainState:
     step: int = 0
     tokens: int = 0
     attention_pairs: int = 0
-    predictions: int = 0
+    context: int = 0
     best_step: int = -1
     best_epoch: int = 0
     best_value: float = float("-inf")

@@ -14,7 +14,6 @@ from torch.profiler import record_function
 
 from hstu_dist.batch import JaggedBatch
 from hstu_dist.distributed.process_group import World
-from hstu_dist.distributed.tables import ItemTable
 from hstu_dist.errors import UserError
 from hstu_dist.models.flops import Workload
 from hstu_dist.ops.jagged import IdSet
@@ -24,9 +23,8 @@ from hstu_dist.train.optimizer import Optimizers
 class TrainedModel(Protocol):
     """What a step asks of a model."""
 
-    @property
-    def table(self) -> ItemTable:
-        """The item table."""
+    def items(self, ids_U: Tensor) -> Tensor:
+        """Rows [U, D] of the item table; their backward updates them."""
 
     def exchanging(self, wanted: bool) -> AbstractContextManager[None]:
         """Around a forward and its backward: whether this backward averages the gradients of all ranks."""
@@ -97,7 +95,7 @@ class TrainStep:
         needed, losses = self.objective.plan(batch, work, step, self.micro_batches)
         # the names of the parts in a profile
         with record_function("look up"):
-            rows_UD = self.objective.model.table(needed.ids)
+            rows_UD = self.objective.model.items(needed.ids)
         # the table updates its rows in the backward of their lookup: all parts add to one gradient before
         leaf_UD = rows_UD.detach().requires_grad_()
         value = self._accumulate(leaf_UD, losses, work)
@@ -119,5 +117,5 @@ class TrainStep:
                 loss_sum = loss(rows_UD)
                 total += loss_sum.detach()
                 # gradients are averaged over ranks; the mean wanted is over all predictions of all ranks
-                (loss_sum * (self.world.size / max(1, work.predictions))).backward()
+                (loss_sum * (self.world.size / max(1, work.targets))).backward()
         return float(total)

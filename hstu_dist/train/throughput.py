@@ -19,20 +19,21 @@ _MEASURING_SECONDS = 0.2
 logger = logging.getLogger(__name__)
 
 
-def job_peak_flops(configured: float | None, world: World) -> float | None:
+def job_peak_flops(configured: float | None, precision: Precision, world: World) -> float | None:
     """FLOP/s that the devices of all ranks can do together; says on rank 0 where the figure comes from.
 
     All ranks call it together, after their number of threads is set.
 
     Args:
         configured: FLOP/s of one rank's device (`trainer.peak_flops`); None: a GPU's data sheet, or on a CPU the
-            measured rate of a float32 matrix product.
+            measured rate of a matrix product.
+        precision: of the products.
         world: this rank among the others.
 
     Returns:
         The sum, equal on every rank; None if the peak of any device is unknown.
     """
-    mine, source = (configured, "trainer.peak_flops") if configured else _device_peak(world.device)
+    mine, source = (configured, "trainer.peak_flops") if configured else _device_peak(world.device, precision)
     # ranks measure at the same time, as they are going to compute
     parts = torch.tensor([math.nan if mine is None else mine], dtype=torch.float64, device=world.device)
     total = float(sum_over_ranks(parts))
@@ -56,7 +57,7 @@ def training_averages(state: TrainState, flops: Callable[[Workload], int]) -> di
         train_seconds, evaluation_seconds, tokens_per_second and mfu; None: unknown.
     """
     seconds, available = state.train_seconds, state.available_flops
-    work = Workload(tokens=state.tokens, attention_pairs=state.attention_pairs, predictions=state.predictions)
+    work = Workload(tokens=state.tokens, attention_pairs=state.attention_pairs, context=state.context)
     needed = flops(work)
     return {
         "train_seconds": seconds,
@@ -66,18 +67,18 @@ def training_averages(state: TrainState, flops: Callable[[Workload], int]) -> di
     }
 
 
-def _device_peak(device: torch.device) -> tuple[float | None, str]:
+def _device_peak(device: torch.device, precision: Precision) -> tuple[float | None, str]:
     """FLOP/s of this rank's device, and where the figure comes from."""
     if device.type != "cuda":
-        return measured_peak_flops(device), f"measured float32 product, {torch.get_num_threads()} threads a rank"
+        peak = measured_peak_flops(device, torch.bfloat16 if precision == "bfloat16" else torch.float32)
+        return peak, f"measured {precision} product, {torch.get_num_threads()} threads a rank"
     name = torch.cuda.get_device_name(device)
-    precision: Precision = "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     return gpu_peak_flops(name, precision), f"{name}, {precision}, data sheet"
 
 
-def measured_peak_flops(device: torch.device) -> float:
-    """Best FLOP/s of square float32 matrix products, as large as fit into a fifth of a second."""
-    matrix, best = torch.ones(256, 256, device=device), 0.0
+def measured_peak_flops(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """Best FLOP/s of square matrix products, as large as fit into a fifth of a second."""
+    matrix, best = torch.ones(256, 256, device=device, dtype=dtype), 0.0
     started = time.perf_counter()
     while (begin := time.perf_counter()) < started + _MEASURING_SECONDS:
         torch.mm(matrix, matrix)

@@ -114,16 +114,17 @@ class Trainer:
     def _agree(self, batch: JaggedBatch) -> tuple[Workload, bool]:
         """Work of all ranks' shares, and whether any rank was asked to stop."""
         share = self.workload(batch.lengths.tolist())
-        mine = [share.tokens, share.attention_pairs, share.predictions, int(self.stop_requested())]
-        tokens, pairs, predictions, stopping = sum_over_ranks(torch.tensor(mine, device=self.world.device)).tolist()
-        return Workload(tokens=tokens, attention_pairs=pairs, predictions=predictions), stopping > 0
+        context = share.context + batch.num_context
+        mine = [share.tokens, share.attention_pairs, context, int(self.stop_requested())]
+        tokens, pairs, context, stopping = sum_over_ranks(torch.tensor(mine, device=self.world.device)).tolist()
+        return Workload(tokens=tokens, attention_pairs=pairs, context=context), stopping > 0
 
     def _count(self, work: Workload) -> None:
         state = self.state
         state.batch, state.step = state.batch + 1, state.step + 1
         state.tokens += work.tokens
         state.attention_pairs += work.attention_pairs
-        state.predictions += work.predictions
+        state.context += work.context
         state.add_training_time(self._lap(), self.peak_flops)
 
     def _lap(self) -> float:

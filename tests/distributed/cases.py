@@ -70,8 +70,8 @@ def whole(value: Any) -> Tensor:
         return value.detach().clone()
     full = torch.zeros(value.size())
     for shard in value.local_shards():
-        rows, columns = shard.metadata.shard_offsets[0], shard.tensor.shape
-        full[rows : rows + columns[0]] = shard.tensor if full.dim() == shard.tensor.dim() else shard.tensor.view(-1)
+        place = tuple(slice(o, o + n) for o, n in zip(shard.metadata.shard_offsets, shard.tensor.shape, strict=True))
+        full[place] = shard.tensor
     dist.all_reduce(full)
     return full
 

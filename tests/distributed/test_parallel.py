@@ -11,14 +11,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hstu_dist.checkpoint.manager import CheckpointManager
+from hstu_dist.commands.session import Session
 from hstu_dist.commands.train import restore
 from hstu_dist.data.split import Split
 from hstu_dist.distributed.config import ParallelConfig
 from hstu_dist.distributed.process_group import process_group
 from hstu_dist.errors import UserError
 from hstu_dist.train.config import CheckpointConfig
-from hstu_dist.train.hooks import CheckpointHook
+from hstu_dist.train.hooks import AverageHook, CheckpointHook
 from hstu_dist.train.state import TrainState
+from hstu_dist.train.step import StepResult
+from hstu_dist.train.trainer import Hook, Trainer
 from tests.distributed.cases import LossHook, build, snapshot, tiny_config, trainer_of
 from tests.distributed.ranks import run_ranks
 
@@ -30,9 +33,12 @@ SETTINGS = [
     "optimizer.clip_norm=0.02",
     "optimizer.eps=1.0",
     "optimizer.weight_decay=0.1",
+    "optimizer.average_decay=0.5",
     "embedding.optimizer.kind=sgd",
     "embedding.optimizer.learning_rate=1.0",
 ]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
 DDP, FSDP = ["trainer.parallel.kind=ddp"], ["trainer.parallel.kind=fsdp"]
 HSDP = ["trainer.parallel={kind: hsdp, shard_ranks: 2}"]
 PARTS = ["trainer.micro_batches=4"]
@@ -57,6 +63,17 @@ CASES = [(ranks, name) for ranks, names in NAMES.items() for name in names]
 STEPS = 4
 
 
+class EvaluateHook(Hook):
+    """Ranks users, with averaged weights, in the middle of training: that must not change what is trained."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        if trainer.state.step == 2:
+            self.session.evaluate(Split.VALIDATION)
+
+
 def train_each(data: Path) -> dict[str, Any]:
     """Losses, final state and metrics of each run."""
     found = {}
@@ -68,7 +85,9 @@ def train_each(data: Path) -> dict[str, Any]:
             sharded = [isinstance(p, DTensor) for p in session.recommender.tower.parameters()]
             assert all(sharded) if "fsdp" in name or "hsdp" in name else not any(sharded)
             losses: list[float] = []
-            trainer_of(session, TrainState(), 1, [LossHook(losses)]).fit()
+            average = session.average
+            assert average is not None
+            trainer_of(session, TrainState(), 1, [LossHook(losses), AverageHook(average), EvaluateHook(session)]).fit()
             found[name] = (losses, snapshot(session), session.evaluate(Split.TEST))
     return found
 

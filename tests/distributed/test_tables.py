@@ -1,8 +1,8 @@
-"""The sharded item table equals one float64 embedding with torch's own optimizer, however many ranks hold it."""
+"""Tables together equal float64 embeddings with torch's own optimizers, however they lie on however many ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -15,15 +15,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hstu_dist.checkpoint.manager import CheckpointManager
-from hstu_dist.distributed.config import EmbeddingConfig, TableOptimizerConfig
+from hstu_dist.distributed.config import ITEM, EmbeddingConfig, FurtherTableConfig, TableOptimizerConfig, TableShape
+from hstu_dist.distributed.planner import build_tables
 from hstu_dist.distributed.process_group import process_group
-from hstu_dist.distributed.tables import ItemTable, TableShape
+from hstu_dist.distributed.tables import EmbeddingTables
 from tests.distributed.cases import whole
 from tests.distributed.ranks import run_ranks
 
-# rows that no number of ranks divides; a width that is padded to 8 in the table
-SHAPE = TableShape(num_rows=97, width=6)
-STORED_WIDTH = 8
+# rows that no number of ranks divides; a width that is padded to 16 in the table, which four ranks can split
+SHAPE = TableShape(num_rows=97, width=13)
+STORED_WIDTH = 16
 STEPS = 100
 ADAM: dict[str, Any] = {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1, "learning_rate": 0.02}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -33,7 +34,11 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "rowwise_adamw": ADAM,
 }
 # what a step looks up: some rows, or every row, which makes lazy AdamW equal to AdamW
-CASES = [*product(("row_wise", "table_wise"), OPTIMIZERS, ("some",)), ("row_wise", "adamw", "all")]
+CASES = [
+    *product(("row_wise", "table_wise", "data_parallel"), OPTIMIZERS, ("some",)),
+    *product(("column_wise",), ("sgd", "adamw"), ("some",)),
+    ("row_wise", "adamw", "all"),
+]
 TOLERANCE = 2e-6
 
 
@@ -44,21 +49,41 @@ class Trained:
     Attributes:
         before: weights at the start.
         after: weights at the end.
-        state: name, without the table's → state of all rows, or the step count.
+        state: name, without the table's → state of all rows.
+        step: what the optimizer counted.
     """
 
     before: Tensor
     after: Tensor
     state: dict[str, Tensor]
+    step: int
 
 
 def config_of(sharding: str, kind: str) -> EmbeddingConfig:
-    optimizer = TableOptimizerConfig(kind=kind, **OPTIMIZERS[kind])  # type: ignore[arg-type]
-    return EmbeddingConfig(sharding=sharding, init_std=1.0, optimizer=optimizer)  # type: ignore[arg-type]
+    return EmbeddingConfig(sharding=sharding, init_std=1.0, optimizer=optimizer_of(kind))  # type: ignore[arg-type]
 
 
-def table_of(sharding: str, kind: str, shape: TableShape = SHAPE, seed: int = 5) -> ItemTable:
-    return ItemTable(shape, config_of(sharding, kind), torch.device("cpu"), seed)
+def optimizer_of(kind: str) -> TableOptimizerConfig:
+    return TableOptimizerConfig(kind=kind, **OPTIMIZERS[kind])  # type: ignore[arg-type]
+
+
+def table_of(sharding: str, kind: str, shape: TableShape = SHAPE, seed: int = 5) -> EmbeddingTables:
+    return build_tables(config_of(sharding, kind), {ITEM: shape}, torch.device("cpu"), seed)
+
+
+def all_tables() -> EmbeddingTables:
+    """The tables of all cases in one, and the item table."""
+    further: Any = {
+        "_".join(case): FurtherTableConfig(
+            sharding=case[0],  # type: ignore[arg-type]
+            init_std=1.0,
+            optimizer=optimizer_of(case[1]),
+        )
+        for case in CASES
+    }
+    # a width of its own: another collection
+    shapes = {ITEM: TableShape(num_rows=7, width=3), **dict.fromkeys(further, SHAPE)}
+    return build_tables(EmbeddingConfig(tables=further), shapes, torch.device("cpu"), seed=5)
 
 
 def ids_of(lookup: str, step: int, rank: int, world_size: int) -> Tensor:
@@ -85,51 +110,56 @@ def pull(rows: Tensor, ids: Tensor) -> Tensor:
     return 0.5 * ((rows - goal) ** 2).sum()
 
 
-def train_step(table: ItemTable, ids: Tensor, factor: float = 1.0) -> None:
-    table.optimizer.prepare(factor)
-    rows = table(ids)
-    assert rows.shape == (ids.numel(), table.shape.width)
-    # TorchRec averages gradients over ranks
-    (pull(rows, ids) * dist.get_world_size()).backward()
+def train_step(tables: EmbeddingTables, ids: Mapping[str, Tensor], factor: float = 1.0) -> None:
+    tables.optimizer.prepare(factor)
+    rows = tables(ids)
+    assert {name: found.shape for name, found in rows.items()} == {
+        name: (wanted.numel(), tables.specs[name].shape.width) for name, wanted in ids.items()
+    }
+    # gradients are averaged over ranks
+    loss = torch.stack([pull(rows[name], ids[name]) for name in ids]).sum()
+    (loss * dist.get_world_size()).backward()
 
 
-def weights_of(table: ItemTable) -> Tensor:
-    (weight,) = table.sharded.state_dict().values()
-    return whole(weight)
+def weights_of(tables: EmbeddingTables, table: str = ITEM) -> Tensor:
+    return whole(tables.weights()[f"collection.embeddings.{table}.weight"])
 
 
-def state_of(table: ItemTable) -> dict[str, Tensor]:
-    tensors = table.optimizer.state_tensors()
+def state_of(tables: EmbeddingTables, table: str = ITEM) -> dict[str, Tensor]:
+    tensors = tables.optimizer.state_tensors()
     names: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(names, {name: tuple(value.size()) for name, value in tensors.items()})
     shapes = {name: shape for part in names for name, shape in part.items()}
     state = {}
-    for name, shape in shapes.items():
+    prefix = f"collection.embeddings.{table}.weight.{table}."
+    for name in sorted(shapes):
+        if not name.startswith(prefix):
+            continue
         if name in tensors:
-            state[name.split(".")[-1]] = whole(tensors[name])
+            state[name.removeprefix(prefix)] = whole(tensors[name])
         else:
             # table-wise: another rank holds it
-            dist.all_reduce(missing := torch.zeros(shape))
-            state[name.split(".")[-1]] = missing
+            dist.all_reduce(missing := torch.zeros(shapes[name]))
+            state[name.removeprefix(prefix)] = missing
     return state
-
-
-def train_table(case: tuple[str, str, str], rank: int, world_size: int) -> Trained:
-    sharding, kind, lookup = case
-    table = table_of(sharding, kind)
-    before = weights_of(table)
-    for step in range(STEPS):
-        train_step(table, ids_of(lookup, step, rank, world_size), factor(step))
-        if step % 10 == 0:
-            # lookups of an evaluation count for nothing
-            with torch.no_grad():
-                table(torch.arange(3))
-    return Trained(before, weights_of(table), state_of(table))
 
 
 def train_all_tables() -> dict[tuple[str, str, str], Trained]:
     with process_group("cpu", 60) as world:
-        return {case: train_table(case, world.rank, world.size) for case in CASES}
+        tables = all_tables()
+        before = {case: weights_of(tables, "_".join(case)) for case in CASES}
+        for step in range(STEPS):
+            ids = {"_".join(case): ids_of(case[2], step, world.rank, world.size) for case in CASES}
+            train_step(tables, ids, factor(step))
+            if step % 10 == 0:
+                # lookups of an evaluation count for nothing; one table may be named alone
+                with torch.no_grad():
+                    tables({"_".join(CASES[step // 10]): torch.arange(3), ITEM: torch.arange(7)})
+        steps = int(tables.optimizer.step)
+        return {
+            case: Trained(before[case], weights_of(tables, name), state_of(tables, name), steps)
+            for case, name in ((case, "_".join(case)) for case in CASES)
+        }
 
 
 def train_embedding(before: Tensor, kind: str, lookup: str, dtype: torch.dtype) -> Trained:
@@ -150,7 +180,8 @@ def train_embedding(before: Tensor, kind: str, lookup: str, dtype: torch.dtype) 
         for tensor, value in zip(tensors, old, strict=True):
             tensor[untouched] = value[untouched]
         untouched[:] = True
-    return Trained(before, embedding.weight.detach(), dict(optimizer.state[embedding.weight]))
+    state = {name: value for name, value in optimizer.state[embedding.weight].items() if name != "step"}
+    return Trained(before, embedding.weight.detach(), state, STEPS)
 
 
 class Rowwise(torch.optim.Optimizer):
@@ -202,8 +233,8 @@ REFERENCE: dict[str, Callable[[nn.Embedding], torch.optim.Optimizer]] = {
 STATE = {
     "sgd": {},
     "rowwise_adagrad": {"momentum1": "total"},
-    "adamw": {"step": "step", "momentum1": "exp_avg", "exp_avg_sq": "exp_avg_sq"},
-    "rowwise_adamw": {"step": "step", "momentum1": "exp_avg", "exp_avg_sq": "total"},
+    "adamw": {"momentum1": "exp_avg", "exp_avg_sq": "exp_avg_sq"},
+    "rowwise_adamw": {"momentum1": "exp_avg", "exp_avg_sq": "total"},
 }
 
 
@@ -231,6 +262,7 @@ def test_equals_one_float64_embedding(trained: Any, world_size: int, case: tuple
     assert moved.nonzero().squeeze(1).tolist() == used.tolist()
     # where a gradient was almost zero, AdamW turns its rounding into whole steps: the dense float32 run does, too
     assert error(after, exact.after) <= 2 * error(dense.after, exact.after) + TOLERANCE
+    assert found.step == STEPS
     assert found.state.keys() == STATE[kind].keys()
     for ours, theirs in STATE[kind].items():
         bound = 2 * error(dense.state[theirs], exact.state[theirs]) + TOLERANCE
@@ -240,39 +272,48 @@ def test_equals_one_float64_embedding(trained: Any, world_size: int, case: tuple
 
 
 def test_initial_weights_do_not_depend_on_the_ranks(trained: Any) -> None:
-    first = trained[1]["row_wise", "sgd", "some"].before
-    for results in trained.values():
-        for table in results.values():
-            assert torch.equal(table.before, first)
+    for case in CASES:
+        first = trained[1][case].before
+        assert 0.8 < float(first.std()) < 0.95 and float(first.abs().max()) <= 2
+        assert all(torch.equal(results[case].before, first) for results in trained.values())
+    # each table has numbers of its own
+    assert len({float(trained[1][case].before[0, 0]) for case in CASES}) == len(CASES)
 
 
 # 5 rows: on 4 ranks the third has one and the last has none, on 8 ranks three have none
 UNEVEN = TableShape(num_rows=5, width=4)
 
 
-def tensors_of(table: ItemTable) -> dict[str, Any]:
-    return {**table.sharded.state_dict(), **table.optimizer.state_tensors()}
+SHARDINGS = ("row_wise", "table_wise", "data_parallel")
+
+
+def tensors_of(tables: EmbeddingTables) -> dict[str, Any]:
+    return {**tables.weights(), **tables.optimizer.state_tensors()}
+
+
+def result_of(tables: EmbeddingTables) -> Trained:
+    return Trained(torch.empty(0), weights_of(tables), state_of(tables), int(tables.optimizer.step))
 
 
 def save_uneven(folder: Path) -> dict[str, Trained]:
     found = {}
     with process_group("cpu", 60) as world:
         for kind in OPTIMIZERS:
-            table = table_of("row_wise", kind, UNEVEN)
+            tables = table_of("row_wise", kind, UNEVEN)
             for _ in range(3):
-                train_step(table, torch.arange(UNEVEN.num_rows)[world.rank :])
-            CheckpointManager(folder / f"{kind}-{world.size}", keep=1).save(tensors_of(table), {"step": 3}, -1)
-            found[kind] = Trained(torch.empty(0), weights_of(table), state_of(table))
+                train_step(tables, {ITEM: torch.arange(UNEVEN.num_rows)[world.rank :]})
+            CheckpointManager(folder / f"{kind}-{world.size}", keep=1).save(tensors_of(tables), {"step": 3}, -1)
+            found[kind] = result_of(tables)
     return found
 
 
 def load_uneven(folder: Path) -> dict[tuple[int, str], Trained]:
     found = {}
     with process_group("cpu", 60):
-        for kind, sharding, written_by in product(OPTIMIZERS, ("row_wise", "table_wise"), WRITERS):
-            table = table_of(sharding, kind, UNEVEN, seed=6)
-            CheckpointManager(folder / f"{kind}-{written_by}", keep=1).load(3, tensors_of(table))
-            found[written_by, f"{kind} {sharding}"] = Trained(torch.empty(0), weights_of(table), state_of(table))
+        for kind, sharding, written_by in product(OPTIMIZERS, SHARDINGS, WRITERS):
+            tables = table_of(sharding, kind, UNEVEN, seed=6)
+            CheckpointManager(folder / f"{kind}-{written_by}", keep=1).load(3, tensors_of(tables))
+            found[written_by, f"{kind} {sharding}"] = result_of(tables)
     return found
 
 
@@ -290,11 +331,13 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, di
 def test_weights_state_and_step_move_between_numbers_of_ranks(world_size: int, uneven: Any) -> None:
     folder, saved = uneven
     for rank in run_ranks(world_size, load_uneven, folder):
-        assert len(rank) == len(OPTIMIZERS) * 2 * len(WRITERS)
+        assert len(rank) == len(OPTIMIZERS) * len(SHARDINGS) * len(WRITERS)
         for (written_by, case), loaded in rank.items():
-            written = saved[written_by][case.split()[0]]
+            kind = case.split()[0]
+            written = saved[written_by][kind]
             assert torch.equal(loaded.after, written.after)
+            # only where the update depends on it
+            assert loaded.step == (3 if "adamw" in kind else 0)
             assert loaded.state.keys() == written.state.keys()
             assert all(torch.equal(loaded.state[name], written.state[name]) for name in written.state), case
-    adamw = saved[8]["adamw"].state
-    assert adamw["step"] == 3 and adamw["exp_avg_sq"].all()
+    assert saved[8]["adamw"].step == 3 and saved[8]["adamw"].state["exp_avg_sq"].all()

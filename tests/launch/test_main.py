@@ -92,7 +92,7 @@ def test_starts_what_dry_run_prints(
         ("dry_run=maybe", "dry_run"),
         ("data.path=/nowhere", "/nowhere"),
         ("nproc=41", "41 ranks"),
-        ("cluster.memory_per_rank_gib=1e-9", "item table"),
+        ("cluster.memory_per_rank_gib=1e-9", "embedding tables: "),
     ],
 )
 def test_bad_input_is_one_error_line(

@@ -56,7 +56,7 @@ def test_flops_are_those_that_torch_counts(variant: str, loss: SampledSoftmaxCon
 
 def test_the_parts_are_the_formulas() -> None:
     config = HSTUConfig(width=512, num_layers=3, num_heads=8, qk_width=32, value_width=64)
-    flops = count_flops(config, Workload(tokens=1000, attention_pairs=70_000, predictions=1000), scores_per_token=129)
+    flops = count_flops(config, Workload(tokens=1000, attention_pairs=70_000), scores_per_token=129)
     assert flops.projections == 2 * 1000 * 3 * (512 * (2 * 512 + 2 * 256) + 512 * 512)
     assert flops.attention == 2 * 70_000 * 3 * 8 * (32 + 64)
     assert flops.scores == 2 * 1000 * 129 * 512
@@ -66,8 +66,8 @@ def test_the_parts_are_the_formulas() -> None:
 def test_work_counts_visible_pairs_of_jagged_sequences() -> None:
     lengths = [0, 1, 5, 3]
     visible = [(q, k) for n in lengths for q in range(n) for k in range(q + 1)]
-    assert Workload.causal(lengths) == Workload(tokens=9, attention_pairs=len(visible), predictions=9)
-    assert Workload.full(lengths) == Workload(tokens=9, attention_pairs=0 + 1 + 25 + 9, predictions=9)
+    assert Workload.causal(lengths) == Workload(tokens=9, attention_pairs=len(visible))
+    assert Workload.full(lengths) == Workload(tokens=9, attention_pairs=0 + 1 + 25 + 9)
     assert Workload.causal(lengths[:2]) + Workload.causal(lengths[2:]) == Workload.causal(lengths)
     assert Workload.causal([]) == Workload()
 

@@ -51,9 +51,9 @@ def test_work_counts_visible_pairs() -> None:
         return key < C if query < C else key <= query
 
     pairs = sum(seen(q, k) for n in LENGTHS for q in range(2 * n + C) for k in range(2 * n + C))
-    expected = Workload(tokens=2 * 27 + 3 * C, attention_pairs=pairs, predictions=27)
+    expected = Workload(tokens=2 * 27 + 3 * C, attention_pairs=pairs, context=27 + 3 * C)
     assert ranking_work(MODELS["hstu"], LENGTHS, C) == expected
-    assert ranking_work(MODELS["dlrm"], LENGTHS, C) == Workload(tokens=27, predictions=27)
+    assert ranking_work(MODELS["dlrm"], LENGTHS, C) == Workload(tokens=27)
 
 
 @models

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from benchmarks.plan_ranks import held, job_of
+from hstu_dist.distributed.config import EmbeddingConfig, FurtherTableConfig, TableOptimizerConfig
+from hstu_dist.distributed.table_plan import configured_plan
 from hstu_dist.losses.config import FullSoftmaxConfig
 from hstu_dist.models.activations import activation_bytes
+from hstu_dist.models.config import HSTUConfig
 from hstu_dist.plan.config import PlanConfig
-from hstu_dist.plan.job import DRAWS_OF_EVERYTHING
+from hstu_dist.plan.job import DRAWS_OF_EVERYTHING, Job
 from hstu_dist.plan.memory import host_bytes, memory_of, shortages
 from hstu_dist.train import retrieval
 from tests.distributed.ranks import run_ranks
@@ -34,7 +39,52 @@ def test_table_and_its_optimizer_by_hand(kind: str, state: int) -> None:
 def test_the_table_is_what_preflight_counts(kind: str, ranks: int) -> None:
     planned = job(kind)
     memory = memory_of(planned, ranks)
-    assert memory.table + memory.table_optimizer == planned.embedding.bytes_per_rank(1_000_003, 50, ranks)
+    held = configured_plan(planned.tables, ranks).bytes_per_rank(planned.tables)
+    assert memory.table + memory.table_optimizer == max(held)
+
+
+def with_table(**changes: Any) -> Job:
+    """A table of a width that 8 ranks can split."""
+    model = HSTUConfig(width=64, num_heads=2, num_layers=2, max_length=10, relative_bias="none")
+    optimizer = TableOptimizerConfig(kind="adamw")
+    return job(model=model, embedding=EmbeddingConfig(**{"optimizer": optimizer, **changes}))
+
+
+@pytest.mark.parametrize("sharding", ["row_wise", "table_wise", "column_wise", "data_parallel", "planner"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_every_kind_of_table_is_what_preflight_counts(sharding: str, dtype: str) -> None:
+    further = {"user": FurtherTableConfig(rows=1000, width=6, sharding="table_wise"), "unknown": FurtherTableConfig()}
+    planned = with_table(sharding=sharding, dtype=dtype, tables=further)
+    assert planned.tables.keys() == {"item", "user"}
+    held = configured_plan(planned.tables, 8).bytes_per_rank(planned.tables)
+    memory = memory_of(planned, 8)
+    # whole tables lie where the last block of rows is smaller: a few bytes less than the fullest rank might have
+    assert max(held) <= memory.table + memory.table_optimizer <= 1.0001 * max(held)
+
+
+def test_tables_of_host_memory_leave_the_chip_and_fill_the_node() -> None:
+    fused = with_table()
+    weights, state = memory_of(fused, 8).table, memory_of(fused, 8).table_optimizer
+    cached = with_table(compute_kernel="fused_uvm_caching", cache_load_factor=0.25)
+    assert (memory_of(cached, 8).table, memory_of(cached, 8).table_optimizer) == (int(weights * 0.25), 0)
+    assert memory_of(with_table(compute_kernel="fused_uvm"), 8).table == 0
+    tower = memory_of(fused, 8).resident - weights - state
+    assert host_bytes(with_table(compute_kernel="fused_uvm"), hardware()) == 4 * (tower + 2 * (weights + state))
+
+
+def test_who_exchanges_what() -> None:
+    row, ids = 64 * 4, 20 * 5
+    exchanged = {
+        sharding: memory_of(with_table(sharding=sharding), 8).communication - ids * (8 + row)
+        for sharding in ("row_wise", "table_wise", "column_wise")
+    }
+    # all ids go to every rank that has columns, and an eighth of every row comes from it
+    assert exchanged == {
+        "row_wise": ids * (8 + row),
+        "table_wise": 8 * ids * (8 + row),
+        "column_wise": ids * (8 * 8 + row),
+    }
+    assert memory_of(with_table(sharding="data_parallel"), 8).communication == 1_000_003 * 65 * 4
 
 
 def test_the_other_parts_by_hand() -> None:

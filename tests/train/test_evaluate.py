@@ -20,8 +20,8 @@ def test_equals_ranking_each_user_alone(split: Split, tiny_data: Path) -> None:
     session = build(tiny_config(tiny_data, Path("unused"), "trainer.evaluation.batch_size=7"), WORLD)
     data = session.dataset
     # lengths of the rows differ by far, as they do after training: cosine is not the inner product
-    (weight,) = session.recommender.table.sharded.state_dict().values()
-    weight.local_shards()[0].tensor.mul_(torch.logspace(-2, 2, NUM_ITEMS)[:, None])
+    (weight,) = session.recommender.tables.weights().values()
+    weight.mul_(torch.logspace(-2, 2, NUM_ITEMS)[:, None])
     corpus = session.recommender.corpus()
     ranks = []
     for user in range(data.num_sequences):

@@ -59,8 +59,8 @@ def test_dlrm_does_not_retrieve() -> None:
 
 def test_columns_that_the_data_lacks_are_named_before_ranks_start(rated_data: Path, tmp_path: Path) -> None:
     overrides = rated_overrides(rated_data, tmp_path)
+    head = "loss.heads=[{name: click, kind: binary, column: is_click}]"
     with pytest.raises(UserError, match=r"head click: got column is_click, the data set events has action") as caught:
-        head = "loss.heads=[{name: click, kind: binary, column: is_click}]"
         preflight(compose([*overrides, head, "trainer.evaluation.monitor=click/auc"]), 1)
     assert "data.action_columns" in caught.value.remedy
     with pytest.raises(UserError, match=r"task.contextual: got gender, the data set events has user") as caught:

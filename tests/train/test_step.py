@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from tests.train.cases import WORLD
 
 
 def work_of(batch: JaggedBatch) -> Workload:
-    return Workload.causal(batch.lengths.tolist())
+    return Workload.causal(batch.lengths.tolist()) + Workload(context=batch.num_context)
 
 
 def step_of(data: Path, *overrides: str) -> tuple[Session, TrainStep]:
@@ -48,6 +49,32 @@ def test_repeating_a_step_from_the_same_state_repeats_its_loss(tiny_data: Path) 
         batches = session.loader(Split.TRAIN).epoch(0)
         losses.append([step(batch, work_of(batch), (i, 16)).loss_sum for i, batch in enumerate(batches)])
     assert losses[0] == losses[1] and len(losses[0]) == 8
+
+
+@pytest.mark.parametrize("loss", ["sampled_softmax", "full_softmax"])
+def test_context_counts_neither_in_the_loss_nor_in_the_mean(loss: str, tiny_data: Path) -> None:
+    def run(trained: torch.Tensor | None) -> tuple[float, torch.Tensor, Workload]:
+        session, step = step_of(tiny_data, f"loss={loss}", "model.dropout=0", "embedding.optimizer.kind=sgd")
+        batch = replace(next(session.loader(Split.TRAIN).epoch(0)), trained=trained)
+        result = step(batch, work_of(batch), (0, 16))
+        gradient = session.recommender.tower.get_parameter("position.weight").grad
+        assert gradient is not None
+        return result.loss_sum, gradient.clone(), result.work
+
+    session, _ = step_of(tiny_data, f"loss={loss}")
+    tokens = next(session.loader(Split.TRAIN).epoch(0)).num_tokens
+    some = torch.arange(tokens) % 3 == 0
+    loss_all, gradient_all, work = run(None)
+    loss_true, gradient_true, _ = run(torch.ones(tokens, dtype=torch.bool))
+    assert loss_true == loss_all and torch.equal(gradient_true, gradient_all) and work.targets == tokens
+    (loss_a, gradient_a, work_a), (loss_b, gradient_b, work_b) = run(some), run(~some)
+    assert work_a.targets == int(some.sum()) and work_a.targets + work_b.targets == tokens == work_a.tokens
+    assert loss_a + loss_b == pytest.approx(loss_all, rel=1e-5)
+    # each is the gradient of a mean over its own targets
+    together = (gradient_a * work_a.targets + gradient_b * work_b.targets) / tokens
+    torch.testing.assert_close(together, gradient_all, rtol=1e-4, atol=1e-6)
+    loss_none, gradient_none, _ = run(torch.zeros(tokens, dtype=torch.bool))
+    assert loss_none == 0 and not gradient_none.any()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

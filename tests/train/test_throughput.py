@@ -45,14 +45,15 @@ def test_data_sheets(name: str, float32: float | None, tf32: float | None, bfloa
 def test_the_peak_of_a_gpu_follows_the_precision_of_its_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     device = torch.device("cuda", 0)
-    assert throughput._device_peak(device) == (19.5e12, "NVIDIA A100-SXM4-80GB, float32, data sheet")
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    assert throughput._device_peak(device) == (156e12, "NVIDIA A100-SXM4-80GB, tf32, data sheet")
+    for precision, peak in (("float32", 19.5e12), ("tf32", 156e12), ("bfloat16", 312e12)):
+        source = f"NVIDIA A100-SXM4-80GB, {precision}, data sheet"
+        assert throughput._device_peak(device, precision) == (peak, source)  # type: ignore[arg-type]
 
 
-def test_a_cpu_is_measured_quickly() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cpu_is_measured_quickly(dtype: torch.dtype) -> None:
     started = time.perf_counter()
-    peak = measured_peak_flops(torch.device("cpu"))
+    peak = measured_peak_flops(torch.device("cpu"), dtype)
     assert time.perf_counter() - started < 1
     # any CPU of this century, and none of this decade
     assert 1e8 < peak < 1e15
@@ -60,7 +61,7 @@ def test_a_cpu_is_measured_quickly() -> None:
 
 def test_the_configured_peak_replaces_all_others(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    assert job_peak_flops(7e12, replace(WORLD, device=torch.device("cpu"))) == 7e12
+    assert job_peak_flops(7e12, "float32", replace(WORLD, device=torch.device("cpu"))) == 7e12
     assert caplog.messages == ["peak rate 7e+12 FLOP/s, all ranks together (trainer.peak_flops)"]
 
 
@@ -68,16 +69,16 @@ def test_an_unknown_device_is_said_once_and_gives_no_peak(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(throughput, "_device_peak", lambda device: (None, "Some Other Chip"))
-    assert job_peak_flops(None, WORLD) is None
+    monkeypatch.setattr(throughput, "_device_peak", lambda device, precision: (None, "Some Other Chip"))
+    assert job_peak_flops(None, "float32", WORLD) is None
     (line,) = caplog.messages
     assert line == "MFU is not logged: the peak rate of Some Other Chip is unknown, set trainer.peak_flops"
 
 
 def peak_of_ranks(measured: dict[int, float | None]) -> float | None:
     with process_group("cpu", 30) as world, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(throughput, "_device_peak", lambda device: (measured[world.rank], "test"))
-        return job_peak_flops(None, world)
+        patch.setattr(throughput, "_device_peak", lambda device, precision: (measured[world.rank], "test"))
+        return job_peak_flops(None, "float32", world)
 
 
 def test_ranks_agree_on_the_sum_of_their_peaks() -> None:

@@ -82,8 +82,7 @@ def test_tokens_and_positions_reach_the_step() -> None:
     trainer.fit()
     assert seen == [(i, 2 * BATCHES) for i in range(2 * BATCHES)]
     lengths = [n for batch in trainer.loader.epoch(0) for n in batch.lengths.tolist()]
-    state = trainer.state
-    counted = Workload(tokens=state.tokens, attention_pairs=state.attention_pairs, predictions=state.predictions)
+    counted = Workload(tokens=trainer.state.tokens, attention_pairs=trainer.state.attention_pairs)
     assert counted == Workload.causal(lengths * 2)
 
 
