@@ -259,7 +259,7 @@ def _ratios(rows: Sequence[Row]) -> Iterator[Ratio]:
 
 
 def device_of(config: RunConfig) -> str:
-    """cpu or cuda, where a run computes."""
+    """Cpu or cuda, where a run computes."""
     wanted = config.trainer.device
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
 

@@ -15,7 +15,6 @@ from benchmarks.harness import Samples
 from benchmarks.ml1m_cells import CONFIGURATION, Run, commit_of, device_of, matches
 from hstu_dist.config import RunConfig, to_dict
 from hstu_dist.machine import cores_per_rank
-from hstu_dist.models.config import DLRMConfig, RankingConfig
 from hstu_dist.report.results import Ratio, Results, Row, load, write
 
 NAME = "ranking"
