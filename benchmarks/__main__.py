@@ -20,6 +20,7 @@ from hstu_dist.machine import keep_freed_memory
 
 BENCHMARKS: Mapping[str, str] = {
     "attention": "HSTU attention against torch's flash attention and the padded research code",
+    "encoder": "HSTU layers against Transformer layers on flash attention: the paper's figure of speed",
     "train_step": "a whole training step on MovieLens-1M, and where its time goes",
     "embedding": "embedding tables: lookup with update against nn.Embedding, share of a step, memory of a large table",
     "data": "events/s of reading and batching, Stochastic Length, balance of 64 simulated ranks",
@@ -28,19 +29,25 @@ BENCHMARKS: Mapping[str, str] = {
     "plan": "the capacity planner: its time and memory, and its predictions against real ranks and towers",
     "ranking": "HSTU against DLRM on MovieLens-1M at several seeds, and HSTU with one choice changed; an hour",
     "ml1m": "SASRec and HSTU on MovieLens-1M at several seeds: epoch chosen on validation, then a refit; hours",
+    "external": "any other program beside this package's training step, on the same data and lengths",
+    "all": "every benchmark but ml1m and external, a process each; continues after an interruption",
 }
 """Name of each benchmark, which is the name of its module, and what it measures."""
 
 
 class Benchmark(Protocol):
-    """What a benchmark's module offers; `add_options(parser)` beside it is optional."""
+    """What a benchmark's module offers; two names beside it are optional.
+
+    `add_options(parser)` adds options; `PARTIAL` names those that, changed, make a run a part of the measurement,
+    which does not touch the committed results.
+    """
 
     def run(self, options: argparse.Namespace) -> int:
         """Measures, writes a result file and returns the exit status.
 
         Args:
-            options: `device` (torch.device), `quick` (bool), `output` (folder of result files), `command` (what to
-                type to repeat it), and what `add_options` added.
+            options: `device` (torch.device), `quick` (bool), `output` (folder of result files), `scratch` (folder of
+                unfinished ones), `command` (what to type to repeat it), and what `add_options` added.
         """
 
 
@@ -61,6 +68,9 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: the same command goes on with what is not measured yet\n")
+        return 130
 
 
 def _overview() -> str:
@@ -81,9 +91,12 @@ def _options(name: str, arguments: Sequence[str], benchmark: object) -> argparse
     options = parser.parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    restricting = ("quick", "only", *getattr(benchmark, "PARTIAL", ()))
+    whole = all(getattr(options, key, None) == parser.get_default(key) for key in restricting)
+    # what an interrupted run leaves for its continuation
+    options.scratch = options.output or ROOT / "runs" / "benchmarks"
     if options.output is None:
-        whole = not options.quick and getattr(options, "only", None) is None
-        options.output = RESULTS if whole else ROOT / "runs" / "benchmarks"
+        options.output = RESULTS if whole else options.scratch
     options.command = shlex.join(["python", "-m", "benchmarks", name, *arguments])
     return options
 

@@ -87,9 +87,15 @@ class Samples:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of every contender in every round of one comparison."""
+    """Seconds of every contender in every round of one comparison.
+
+    Attributes:
+        seconds: by contender.
+        out_of_memory: contenders whose step did not fit; they have no seconds.
+    """
 
     seconds: Mapping[str, Samples]
+    out_of_memory: tuple[str, ...] = ()
 
     def speed_ratio(self, a: str, b: str) -> Samples:
         """How many times faster a is than b, round by round: drift of the machine cancels within a round."""
@@ -113,9 +119,22 @@ def compare(steps: Mapping[str, Step], effort: Effort, clock: Clock) -> Timings:
         clock: how to time one step; see `clock_of`.
 
     Returns:
-        One sample per contender and round.
+        One sample per contender and round. A contender that runs out of memory is left out and named; the others
+        go on.
     """
-    warm = {name: _warm_up(step, effort, clock) for name, step in steps.items()}
+    warm: dict[str, float] = {}
+    too_large: list[str] = []
+    for name, step in steps.items():
+        try:
+            warm[name] = _warm_up(step, effort, clock)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            log.warning("%s: out of memory", name)
+            too_large.append(name)
+        if too_large and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    steps = {name: steps[name] for name in warm}
     primed = {name for name, seconds in warm.items() if seconds < effort.primed_below_seconds}
     round_seconds = sum(seconds * (2 if name in primed else 1) for name, seconds in warm.items())
     rounds = effort.rounds(round_seconds)
@@ -131,7 +150,17 @@ def compare(steps: Mapping[str, Step], effort: Effort, clock: Clock) -> Timings:
             seconds[name].append(clock(steps[name]))
     finally:
         gc.enable()
-    return Timings({name: Samples(tuple(values)) for name, values in seconds.items()})
+    return Timings({name: Samples(tuple(values)) for name, values in seconds.items()}, tuple(too_large))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU, in torch on a CPU or in Python."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # torch's CPU allocator has no exception of its own
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("not enough memory", "can't allocate memory", "bad_alloc")
+    )
 
 
 def turns(names: Sequence[str], rounds: int) -> Iterator[str]:

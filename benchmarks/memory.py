@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import re
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import torch
 
 from benchmarks.harness import Step
@@ -66,6 +69,25 @@ def _process_peak(build: Build, rehearsal: Build, threads: int) -> float:
     peak = _kilobytes("VmHWM")
     del result
     return (peak - before) * 1024 / MEGABYTE
+
+
+@contextmanager
+def memory_limited(device: torch.device) -> Iterator[None]:
+    """Lets allocations fail inside the block before the system runs out of memory and kills the process.
+
+    A GPU's allocator does so by itself; on a CPU Linux hands out more than it has. What is free now is the limit.
+    """
+    if device.type == "cuda" or not _STATUS.exists():
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    allowed = _kilobytes("VmData") * 1024 + psutil.virtual_memory().available
+    hard = before[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (allowed if hard == resource.RLIM_INFINITY else min(allowed, hard), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def _kilobytes(field: str) -> int:

@@ -56,6 +56,7 @@ _RULES = (
     ("loss", "loss"),
     ("aten::mm", "projections"),
     ("aten::addmm", "projections"),
+    ("_HSTUBlock", "norms, SiLU, gate, dropout"),
     ("_ProjectSilu", "norms, SiLU, gate, dropout"),
     ("_GatedOutput", "norms, SiLU, gate, dropout"),
     ("_Dropout", "norms, SiLU, gate, dropout"),

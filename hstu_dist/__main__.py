@@ -92,21 +92,23 @@ def _epilog(command: str) -> str:
 
 
 def _add_checkpoint(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    summary = "look at checkpoints without starting ranks"
+    summary = "look at checkpoints, or rewrite their files, without starting ranks"
     command = commands.add_parser(
         "checkpoint",
         help=summary,
-        description=f"{summary}. There is nothing to reshard: any number of ranks, under either sharding of the table, "
-        "continues from a checkpoint as it is.",
+        description=f"{summary}. Any number of ranks, under any sharding, continues from a checkpoint as it is: "
+        "reshard only makes as many files as there will be readers.",
     )
     command.set_defaults(run=_checkpoint)
     command.add_argument(
         "what",
-        choices=("inspect", "verify", "export"),
-        help="inspect: step and tensors; verify: all checksums; export: weights as one safetensors file",
+        choices=("inspect", "verify", "reshard", "export"),
+        help="inspect: step and tensors; verify: all checksums; export: weights as one safetensors file; "
+        "reshard: the files as --ranks ranks would have written them",
     )
     command.add_argument("path", type=Path, help="a run's folder or one of its checkpoints/step-NNNNNNNN")
     command.add_argument("output", type=Path, nargs="?", help="of export: the new file")
+    command.add_argument("--ranks", type=int, help="of reshard: how many")
     command.add_argument("--debug", action="store_true", help="show the stack trace of an error")
 
 
@@ -157,13 +159,20 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _checkpoint(options: argparse.Namespace) -> None:
-    from hstu_dist.commands.checkpoint import export, inspect, verify
+    from hstu_dist.commands.checkpoint import export, inspect, reshard, verify
 
     if (options.what == "export") != (options.output is not None):
         raise UserError(
             f"checkpoint {options.what}: got output {options.output}", "export needs an output file, the others none"
         )
-    if options.what == "export":
+    if (options.what == "reshard") != (options.ranks is not None):
+        raise UserError(
+            f"checkpoint {options.what}: got --ranks {options.ranks}",
+            "reshard needs their number, the others none",
+        )
+    if options.what == "reshard":
+        reshard(options.path, options.ranks, say)
+    elif options.what == "export":
         export(options.path, options.output, say)
     elif options.what == "verify":
         verify(options.path, say)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,7 +46,7 @@ class Chunk:
     offsets: tuple[Count, ...]
     sizes: tuple[Count, ...]
     # a plain name: a manifest must not lead out of its folder
-    file: Annotated[str, Field(pattern=r"^rank-\d{5,}\.safetensors$")]
+    file: Annotated[str, Field(pattern=r"^rank-\d{5,}(-of-\d{5,})?\.safetensors$")]
     start: Count
 
 
@@ -87,6 +88,11 @@ def step_of(folder: Path) -> int | None:
     """Step of a checkpoint's folder, by its name; None for any other name."""
     match = _NAME.fullmatch(folder.name)
     return int(match[1]) if match else None
+
+
+def chunk_name(tensor: str, offsets: Sequence[int]) -> str:
+    """A chunk's name in its file; chunks of one tensor differ by their offsets."""
+    return f"{tensor}@{','.join(map(str, offsets))}"
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

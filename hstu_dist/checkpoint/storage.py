@@ -42,7 +42,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from hstu_dist.checkpoint.manifest import Chunk, FileRecord, Manifest, TensorRecord, write_manifest
+from hstu_dist.checkpoint.manifest import Chunk, FileRecord, Manifest, TensorRecord, chunk_name, write_manifest
 from hstu_dist.checkpoint.safetensors_file import dtype_name, dtype_of, read_into, write_safetensors
 from hstu_dist.errors import UserError
 
@@ -110,18 +110,6 @@ def read_tensors(folder: Path, manifest: Manifest, tensors: dict[str, Any]) -> N
         raise UserError(
             f"checkpoint {folder}: cannot be read ({_cause(error)})", "check the disk, then give the same command again"
         ) from error
-
-
-def read_whole(folder: Path, record: TensorRecord) -> Tensor:
-    """A tensor put together from its chunks, without any ranks."""
-    dtype = dtype_of(record.dtype)
-    whole = torch.empty(record.shape, dtype=dtype)
-    for chunk in record.chunks:
-        part = torch.empty(chunk.sizes, dtype=dtype)
-        with (folder / chunk.file).open("rb", buffering=0) as file:
-            read_into(file, chunk.start, part)
-        whole[tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))] = part
-    return whole
 
 
 def check_tensors(folder: Path, manifest: Manifest, tensors: Mapping[str, Any]) -> None:
@@ -284,8 +272,7 @@ def _done(value: Any) -> Future[Any]:
 
 
 def _chunk_name(index: MetadataIndex) -> str:
-    """A tensor's name in a file; chunks of one tensor differ by their offset."""
-    return f"{index.fqn}@{','.join(map(str, index.offset or ()))}"
+    return chunk_name(index.fqn, index.offset or ())
 
 
 def _record(name: str, stored: TensorStorageMetadata, places: Mapping[MetadataIndex, _Place]) -> TensorRecord:

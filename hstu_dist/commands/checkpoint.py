@@ -1,7 +1,8 @@
-"""`checkpoint`: looks at checkpoints without starting ranks: what they hold, whether they are whole, their weights."""
+"""`checkpoint`: without starting ranks, what checkpoints hold, whether they are whole, their weights, their files."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from pathlib import Path
@@ -83,8 +84,8 @@ def export(path: Path, output: Path, say: Callable[[str], None]) -> None:
         UserError: the checkpoint is missing or damaged, its run is not around it, or the output cannot be written.
     """
     # torch takes seconds to import
+    from hstu_dist.checkpoint.offline import read_whole
     from hstu_dist.checkpoint.safetensors_file import write_safetensors
-    from hstu_dist.checkpoint.storage import read_whole
 
     folder = find(path)[-1]
     manifest = read_manifest(folder)
@@ -107,6 +108,39 @@ def export(path: Path, output: Path, say: Callable[[str], None]) -> None:
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror})", "give the name of a new file") from error
     say(f"{output}: {len(weights)} tensors, {decimal(written.record.bytes)}, of {folder}")
+
+
+def reshard(path: Path, ranks: int, say: Callable[[str], None]) -> None:
+    """Rewrites the files of a checkpoint as `ranks` ranks would have written them, in place.
+
+    Runs need it for nothing: they read what any number of ranks has written. It puts as many files where they are
+    going to be read as there will be readers.
+
+    Args:
+        path: a checkpoint, or a run, of which the newest one is meant.
+        ranks: how many.
+        say: prints a line for the user.
+
+    Raises:
+        UserError: there is none, it is damaged, its run is training, or it cannot be written; it stays as it was.
+    """
+    if ranks < 1:
+        raise UserError(f"--ranks: got {ranks}, expected at least 1", "give the number of ranks that will read it")
+    # torch takes seconds to import
+    from hstu_dist.checkpoint import offline
+
+    folder = find(path)[-1]
+    run = RunFolder(folder.resolve().parent.parent)
+    with run.lock() if run.config_file.exists() else contextlib.nullcontext():
+        manifest = read_manifest(folder)
+        before = manifest.world_size
+        for name, file in manifest.files.items():
+            check_file(folder, name, file)
+        if ranks != before:
+            manifest = offline.reshard(folder, manifest, ranks)
+    size = decimal(sum(file.bytes for file in manifest.files.values()))
+    said = "already as" if ranks == before else f"written by {before} ranks, now as"
+    say(f"checkpoint {folder}: {said} {ranks} ranks write it, {len(manifest.files)} files, {size}")
 
 
 def find(path: Path) -> list[Path]:

@@ -19,7 +19,7 @@ _NORM_STATISTICS = 2
 def activation_bytes(config: HSTUConfig | TransformerConfig, tokens: int, element_bytes: int = 4) -> int:
     """Bytes that the tower keeps for its backward, the loss and its look-ups not counted.
 
-    The default HSTU keeps 10·D elements a token and layer; attention weights are computed again, not kept.
+    The default HSTU keeps 6·D elements a token and layer; attention weights, u, v, q and k are computed again.
 
     Args:
         config: the model.
@@ -38,22 +38,28 @@ def block_elements(config: HSTUConfig | TransformerConfig) -> int:
         # x, queries, q, k, v, attended, the second norm's input and output; hidden before and after dropout
         return 8 * D + 2 * _NORM_STATISTICS + config.ffn_width * (2 if config.dropout else 1)
     HV, uvqk = config.num_heads * head_widths(config)[1], _projected(config)
-    # x, what SiLU saw and gave, attended; the gate is computed again
-    kept = D + 2 * uvqk + HV
-    if not config.affine_norm and not config.concat_ux:
+    # x, what SiLU saw, attended; what it gave and the gate are computed again
+    kept = D + uvqk + HV
+    if _is_one_operation(config):
         return kept
-    # the norm's output and statistics, and what the output projection reads
-    return kept + HV + _NORM_STATISTICS + (2 * HV + D if config.concat_ux else HV)
+    # what SiLU gave, the norm's output and statistics, and what the output projection reads
+    return kept + uvqk + HV + _NORM_STATISTICS + (2 * HV + D if config.concat_ux else HV)
 
 
 def gradient_elements(config: HSTUConfig | TransformerConfig) -> int:
     """Elements a token that the backward of one block holds at once, beside what the forward kept.
 
     The gradient that comes in and the one that goes out, the normalised input, and the gradients of what the widest
-    layers gave and saw.
+    layers gave and saw; where HSTU makes u, v, q and k again, those too.
     """
-    widest = 2 * config.width + config.ffn_width if isinstance(config, TransformerConfig) else _projected(config)
-    return 3 * config.width + 2 * widest
+    if isinstance(config, TransformerConfig):
+        return 3 * config.width + 2 * (2 * config.width + config.ffn_width)
+    return 3 * config.width + (3 if _is_one_operation(config) else 2) * _projected(config)
+
+
+def _is_one_operation(config: HSTUConfig) -> bool:
+    """Whether the layer runs as `ops.block`, which keeps less."""
+    return not config.affine_norm and not config.concat_ux and config.backend != "reference"
 
 
 def _projected(config: HSTUConfig) -> int:

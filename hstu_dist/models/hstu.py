@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from hstu_dist.models.config import HSTUConfig
-from hstu_dist.models.context import Context, QueriesKeysValues
+from hstu_dist.models.context import Context, QueriesKeysValues, SequenceContext
 from hstu_dist.ops.bias import NUM_TIME_BUCKETS, RelativeBias
+from hstu_dist.ops.block import BlockBatch, BlockSpec, hstu_block
 from hstu_dist.ops.random import Drop
 from hstu_dist.ops.row_kernels import RowKernels
 from hstu_dist.ops.rows import EPSILON, Projection, drop_of, dropout, gated_output, project_silu
@@ -43,6 +44,8 @@ class HSTULayer(nn.Module):
         self.uvqk = nn.Linear(D, 2 * HV + 2 * HQ, bias=config.uvqk_bias)
         self.output_norm = nn.LayerNorm(HV, eps=EPSILON, elementwise_affine=affine)
         self.fused_output = not affine and not config.concat_ux
+        # the reference is differentiated by autograd, operation by operation
+        self.fused = self.fused_output and backend is not Backend.REFERENCE
         self.output = nn.Linear(2 * HV + D if config.concat_ux else HV, D)
         positioned = config.relative_bias != "none"
         timed = config.relative_bias == "position_time"
@@ -63,6 +66,11 @@ class HSTULayer(nn.Module):
 
     def forward(self, x_TD: Tensor, context: Context, layer: int) -> Tensor:
         """[T, D] → [T, D]; `layer` tells the random streams of the layers apart."""
+        noise = None if context.noise is None else context.noise.stream(layer)
+        drop = drop_of(noise, self.dropout)
+        # one operation where something is kept for a backward, and all keys and values are of this batch
+        if self.fused and torch.is_grad_enabled() and isinstance(context, SequenceContext) and context.memory is None:
+            return self._block(x_TD, context, drop)
         T, H = x_TD.shape[0], self.heads
         HV, HQ = H * self.value_width, H * self.qk_width
         u, v, q, k = project_silu(x_TD, self._projection(), (HV, HV, HQ, HQ), self.rows)
@@ -70,8 +78,18 @@ class HSTULayer(nn.Module):
             q.view(T, H, self.qk_width), k.view(T, H, self.qk_width), v.view(T, H, self.value_width)
         )
         attended_THV = context.attend(layer, qkv, self.spec, self._bias(context))
-        noise = None if context.noise is None else context.noise.stream(layer)
-        return self._output(x_TD, attended_THV.flatten(1), u, drop_of(noise, self.dropout))
+        return self._output(x_TD, attended_THV.flatten(1), u, drop)
+
+    def _block(self, x_TD: Tensor, context: SequenceContext, drop: Drop | None) -> Tensor:
+        spec = BlockSpec(
+            heads=self.heads,
+            qk_width=self.qk_width,
+            value_width=self.value_width,
+            attention=self.spec,
+            kernels=self.rows,
+        )
+        batch = BlockBatch(layout=context.layout, bias=self._bias(context), drop=drop)
+        return hstu_block(x_TD, self._projection(), Projection(self.output.weight, self.output.bias), spec, batch)
 
     def _projection(self) -> Projection:
         """Of the normalised input; a learned scale and shift of the norm is part of the linear map."""

@@ -47,8 +47,30 @@ def hstu_attention(
         ValueError: a shape, dtype, device, stride or length that does not fit; nothing was computed.
         UserError: the chosen backend does not run on this machine.
     """
+    arguments = operator_arguments(q, k, v, layout, spec, bias)
+    if spec.backend is Backend.REFERENCE:
+        return reference.attention(_call(arguments))
+    out: Tensor = torch.ops.hstu_dist.attention(*arguments)[0]
+    return out
+
+
+def operator_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: JaggedLayout,
+    spec: AttentionSpec,
+    bias: RelativeBias | None,
+) -> tuple[Any, ...]:
+    """A checked call as the operators `hstu_dist::attention` and `attention_backward` take it.
+
+    The first eleven are tensors or None (q, k, v, those of the layout, those of the bias), the others plain values.
+
+    Raises:
+        ValueError: as `hstu_attention`.
+    """
     check_call(q, k, v, layout, bias)
-    arguments = (
+    return (
         q,
         k,
         v,
@@ -66,10 +88,6 @@ def hstu_attention(
         float(spec.normalizer),
         float(spec.alpha),
     )
-    if spec.backend is Backend.REFERENCE:
-        return reference.attention(_call(arguments))
-    out: Tensor = torch.ops.hstu_dist.attention(*arguments)[0]
-    return out
 
 
 def _pack(spec: AttentionSpec) -> str:

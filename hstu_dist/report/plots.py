@@ -104,6 +104,40 @@ def save_curves(curves: Curves, title: str, stem: Path) -> tuple[Path, Path]:
     return save_figure(figure, stem)
 
 
+def save_lines(
+    panels: Mapping[str, Mapping[str, list[tuple[int, float]]]], labels: tuple[str, str, str], stem: Path
+) -> tuple[Path, Path]:
+    """One panel each, lines over sizes that double, both axes logarithmic, a dashed line at 1.
+
+    Args:
+        panels: title → line → its points.
+        labels: title of the figure, of the sizes, of the values.
+        stem: where, without suffix.
+
+    Returns:
+        Paths of PNG and SVG.
+    """
+    figure = Figure(figsize=(6 * max(1, len(panels)), 4.5), layout="constrained")
+    columns = figure.subplots(1, max(1, len(panels)), squeeze=False, sharey=True)[0]
+    title, sizes, values = labels
+    for panel, (name, lines) in zip(columns, panels.items(), strict=False):
+        for line, points in lines.items():
+            x, y = zip(*sorted(points), strict=True)
+            panel.plot(x, y, marker="o", markersize=4, linewidth=1.2, label=f"{line}: {y[-1]:.1f}x at {x[-1]}")
+        panel.axhline(1, color="black", linestyle="--", linewidth=0.8)
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log", base=2)
+        panel.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        panel.yaxis.set_major_formatter(lambda y, _: f"{y:g}x")
+        panel.set_title(name, fontsize=9)
+        panel.set_xlabel(sizes, fontsize=8)
+        panel.tick_params(labelsize=8)
+        panel.legend(fontsize=7)
+    columns[0].set_ylabel(values, fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    return save_figure(figure, stem)
+
+
 def save_sweep(
     memory: Mapping[int, Mapping[str, float]],
     times: Mapping[str, Mapping[int, float]],

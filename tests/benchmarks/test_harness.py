@@ -17,6 +17,7 @@ from benchmarks.harness import (
     clock_of,
     compare,
     gemm,
+    is_out_of_memory,
     refuse_wrong,
     relative_error,
     turns,
@@ -70,6 +71,29 @@ def test_short_steps_are_warmed_up_for_as_long_as_asked() -> None:
     machine = FakeMachine({"short": 0.1})
     compare(machine.steps(), Effort(budget_seconds=0.0, min_rounds=0, warm_up_seconds=0.45), machine.clock)
     assert machine.runs == [("short", True)] * 5
+
+
+def test_a_step_that_does_not_fit_is_left_out_and_named() -> None:
+    machine = FakeMachine({"small": 1.0, "large": 1.0})
+
+    def clock(step: Step) -> float:
+        seconds = machine.clock(step)
+        if machine.last == "large":
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+        return seconds
+
+    timings = compare(machine.steps(), Effort(budget_seconds=0, min_rounds=2, warm_up_seconds=0), clock)
+    assert timings == Timings({"small": Samples((1.0, 1.0))}, out_of_memory=("large",))
+
+
+def test_other_errors_of_a_step_are_not_taken_for_memory() -> None:
+    def failing(_: Step) -> float:
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        compare({"x": lambda: None}, Effort(), failing)
+    assert is_out_of_memory(MemoryError()) and is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not is_out_of_memory(KeyError("memory"))
 
 
 @pytest.mark.parametrize(("round_seconds", "rounds"), [(100.0, 5), (2.0, 10), (0.001, 50), (0.0, 50)])

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import resource
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.harness import Step
-from benchmarks.memory import peak_extra_mb
+from benchmarks.harness import Step, is_out_of_memory
+from benchmarks.memory import memory_limited, peak_extra_mb
 
 CPU = torch.device("cpu")
 
@@ -38,3 +39,14 @@ def test_peak_is_what_the_step_added() -> None:
 
 def test_a_killed_process_gives_no_figure() -> None:
     assert peak_extra_mb(dying, partial(filling, 1), CPU) is None
+
+
+def test_an_allocation_fails_before_the_system_runs_out() -> None:
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with memory_limited(CPU):
+        # more than this machine has, which Linux would hand out until it is touched
+        with pytest.raises(RuntimeError) as failure:
+            torch.empty(2**44, dtype=torch.uint8)
+        assert is_out_of_memory(failure.value)
+        assert torch.ones(1000).sum() == 1000
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before

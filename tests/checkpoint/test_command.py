@@ -101,6 +101,9 @@ def test_export_gives_table_and_tower(
         (["inspect", "nowhere"], "nowhere: got no checkpoint"),
         (["verify", "."], ": got no checkpoint"),
         (["inspect", "nowhere", "file"], "export needs an output file, the others none"),
+        (["reshard", "nowhere"], "got --ranks None"),
+        (["verify", "nowhere", "--ranks", "2"], "got --ranks 2"),
+        (["reshard", "nowhere", "--ranks", "0"], "--ranks: got 0, expected at least 1"),
         (["export", "nowhere"], "export needs an output file, the others none"),
     ],
 )
@@ -116,10 +119,10 @@ def test_wrong_use_is_one_line(
     assert message in capsys.readouterr().err
 
 
-def test_help_says_why_nothing_is_resharded(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_says_that_runs_need_no_resharding(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["checkpoint", "--help"])
-    assert "nothing to reshard" in " ".join(capsys.readouterr().out.split())
+    assert "continues from a checkpoint as it is" in " ".join(capsys.readouterr().out.split())
 
 
 def test_looking_needs_no_torch(run: tuple[Path, dict[str, Tensor]]) -> None:

@@ -17,6 +17,7 @@ CONFIGS: dict[str, HSTUConfig | TransformerConfig] = {
     **VARIANTS,
     "concat": HSTUConfig(width=16, num_heads=2, max_length=20, concat_ux=True),
     "affine": HSTUConfig(width=16, num_heads=2, max_length=20, affine_norm=True, value_width=4),
+    "blocked": HSTUConfig(width=16, num_heads=2, max_length=20, relative_bias="none", backend="blocked"),
     "deep": HSTUConfig(width=32, num_heads=4, max_length=20, num_layers=5),
     "wide": TransformerConfig(width=16, num_heads=4, max_length=20, num_layers=3, ffn_width=64),
 }
@@ -30,9 +31,9 @@ def test_the_closed_form_is_what_autograd_saves(name: str, dropout: float) -> No
     assert activation_bytes(config, SEQUENCES * config.max_length) == measured
 
 
-def test_the_paper_layer_keeps_ten_widths_a_token() -> None:
-    # x, pre-activations (4), u v q k (4), attended
-    assert block_elements(HSTUConfig(width=64, num_heads=4)) == 10 * 64
+def test_the_paper_layer_keeps_six_widths_a_token() -> None:
+    # x, pre-activations (4), attended
+    assert block_elements(HSTUConfig(width=64, num_heads=4)) == 6 * 64
 
 
 def test_it_grows_with_tokens_and_shrinks_with_the_element() -> None:
