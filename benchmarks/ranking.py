@@ -34,6 +34,11 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "no time bias": ("model.relative_bias=position",),
     "no bias": ("model.relative_bias=none",),
     "no user token": ("task.contextual=[]",),
+    "time at the input": ("model.input_time=true",),
+    "time at the input, no time bias": ("model.input_time=true", "model.relative_bias=position"),
+    "semi-local, 64 and 9": ("model.window=64", "model.global_prefix=9"),
+    "last layer truncated to 64": ("model.truncated_layers=1", "model.truncated_length=64"),
+    "production layer": ("model.affine_norm=true", "model.uvqk_bias=true", "model.concat_ux=true"),
     "one head": ("loss.heads=[{name: like, kind: binary, threshold: 4}]",),
 }
 """HSTU with one choice changed, at the first seed."""

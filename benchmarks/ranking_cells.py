@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -35,7 +36,7 @@ class Cell:
     @property
     def stem(self) -> str:
         """Of its run folder and its file."""
-        return f"{self.contender.replace(' ', '_').replace('-', '_')}_seed{self.seed}"
+        return f"{re.sub('[^a-z0-9]+', '_', self.contender)}_seed{self.seed}"
 
     @property
     def name(self) -> str:

@@ -19,7 +19,7 @@ from hstu_dist.distributed.process_group import World
 from hstu_dist.distributed.ranker import Ranker
 from hstu_dist.distributed.recommender import Recommender
 from hstu_dist.distributed.tables import EmbeddingTables
-from hstu_dist.models.flops import Workload, count_flops
+from hstu_dist.models.flops import Workload, count_flops, encoder_work
 from hstu_dist.preflight import memory_limit, table_shapes
 from hstu_dist.train.average import WeightAverage
 from hstu_dist.train.evaluate import evaluate, evaluate_popularity
@@ -102,7 +102,8 @@ class Session:
 
     def workload(self, lengths: Sequence[int]) -> Workload:
         """Work of sequences of so many inputs."""
-        return Workload.causal(lengths)
+        model, _ = self.config.retrieval
+        return encoder_work(model, lengths)
 
     def training_flops(self, work: Workload) -> int:
         """FLOPs that training on a batch needs: forward and backward of the tower and the loss."""

@@ -52,6 +52,13 @@ class HSTUConfig(_EncoderConfig):
         affine_norm: learn scale and shift of both layer norms (production variant).
         uvqk_bias: learn a bias of the uvqk projection (production variant).
         concat_ux: project concat(u, x, u * norm) instead of u * norm (production variant).
+        input_time: add to the input a learned embedding of the time since the token before, in the buckets of the
+            relative bias (production variant).
+        window: a token sees its `window` most recent tokens, itself included; 0: all (semi-local attention,
+            arXiv 2602.16986).
+        global_prefix: the first tokens that stay visible outside the window.
+        truncated_layers: how many of the upper layers run on the most recent tokens only; older tokens skip them.
+        truncated_length: how many tokens these layers see.
     """
 
     kind: Literal["hstu"] = "hstu"
@@ -64,6 +71,20 @@ class HSTUConfig(_EncoderConfig):
     affine_norm: bool = False
     uvqk_bias: bool = False
     concat_ux: bool = False
+    input_time: bool = False
+    window: int = Field(default=0, ge=0)
+    global_prefix: int = Field(default=0, ge=0)
+    truncated_layers: int = Field(default=0, ge=0)
+    truncated_length: int = Field(default=64, gt=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.global_prefix and not self.window:
+            raise ValueError(f"global_prefix: got {self.global_prefix}, expected 0 without a window")
+        if self.truncated_layers >= self.num_layers:
+            raise ValueError(
+                f"truncated_layers: got {self.truncated_layers}, expected less than num_layers ({self.num_layers})"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from hstu_dist.models.config import DLRMConfig, ModelConfig
-from hstu_dist.models.flops import FlopCount, ParameterCount, Workload, count_flops, count_parameters
+from hstu_dist.models.flops import FlopCount, ParameterCount, Workload, count_flops, count_parameters, encoder_work
 from hstu_dist.models.ranking_shape import DENSE, POOLED, RankingShape, token_encoder
 
 
@@ -28,11 +28,8 @@ def ranking_work(config: ModelConfig, lengths: Iterable[int], num_contextual: in
     sizes, C = list(lengths), num_contextual
     if isinstance(config, DLRMConfig):
         return Workload(tokens=sum(sizes))
-    return Workload(
-        tokens=sum(2 * n + C for n in sizes),
-        attention_pairs=sum(C * C + 2 * n * C + n * (2 * n + 1) for n in sizes),
-        context=sum(n + C for n in sizes),
-    )
+    work = encoder_work(config, [2 * n + C for n in sizes], C)
+    return work + Workload(context=sum(n + C for n in sizes))
 
 
 def count_ranking_flops(config: ModelConfig, shape: RankingShape, work: Workload) -> FlopCount:
