@@ -99,6 +99,8 @@ def test_imports_go_one_way(file: Path) -> None:
         ("torchrec", {"distributed", "models/dlrm.py"}),
         ("wandb", {"train/metrics_log.py"}),
         ("pyarrow", {"data"}),
+        ("duckdb", {"data/duckdb_engine.py"}),
+        ("pyspark", {"data/spark_engine.py"}),
         ("xxhash", {"checkpoint"}),
         ("matplotlib", {"report/plots.py"}),
     ],

@@ -85,7 +85,7 @@ class EventsConfig:
     Attributes:
         kind: `events`.
         input: a file, a folder (searched recursively) or a glob of .csv, .tsv, .csv.gz, .tsv.gz or .parquet
-            files of one format; None: only an already prepared data set can be used.
+            files of one format, as path or URL (s3, gs, hdfs); None: only an already prepared data set can be used.
         path: folder of the prepared data set; empty: data/<kind>.
         max_length: history tokens given to the model; older events are cut at loading, not at preparation.
         window: which inputs of a longer history training sees: recent, the last max_length as in evaluation; or random,
@@ -190,6 +190,26 @@ class SyntheticZipfConfig:
         _fill_path(self)
         if self.max_events < self.min_events:
             raise ValueError(f"max_events: got {self.max_events}, expected at least min_events ({self.min_events})")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PreparationConfig:
+    """How data sets are prepared; the result does not depend on it.
+
+    Attributes:
+        engine: what counts, joins and sorts: duckdb in this process, or spark, a cluster's or a local one.
+        memory_gib: that the process may use, with duckdb all in all; null: half of what the machine or its container
+            has. Larger logs are prepared in more passes.
+    """
+
+    engine: Literal["duckdb", "spark"] = "duckdb"
+    memory_gib: float | None = Field(default=None, ge=0.75)
+
+    def memory_bytes(self, available: int | None) -> int:
+        """The limit, given what the machine has."""
+        if self.memory_gib is not None:
+            return int(self.memory_gib * 2**30)
+        return max((available or 4 << 30) // 2, 3 << 28)
 
 
 DataSetConfig = MovieLensConfig | AmazonConfig | EventsConfig | SyntheticZipfConfig

@@ -20,6 +20,10 @@ from hstu_dist.data.epoch import EpochLayout, EpochPlanner
 from hstu_dist.data.split import Split, part_lengths, split_rows, time_rows
 from hstu_dist.data.stochastic_length import History, spans
 
+_SEQUENCES_AT_ONCE = 1 << 16
+_EVENTS_IN_MEMORY = 1 << 20
+"""Events read before their pages are given back; each lies on pages of every column that hold others, too."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
@@ -99,8 +103,14 @@ class BatchLoader:
         return self._latest
 
     def _batches(self, layout: EpochLayout, first_batch: int) -> Iterator[JaggedBatch]:
-        for batch in range(first_batch, len(self)):
-            yield self._gather(layout, layout.share(batch, self.shard.rank, self.shard.world_size))
+        read = 0
+        for index in range(first_batch, len(self)):
+            batch = self._gather(layout, layout.share(index, self.shard.rank, self.shard.world_size))
+            read += batch.num_tokens
+            if read > _EVENTS_IN_MEMORY:
+                self.dataset.forget_pages()
+                read = 0
+            yield batch
 
     def _gather(self, layout: EpochLayout, rows: Ints) -> JaggedBatch:
         data = self.dataset
@@ -157,7 +167,11 @@ def popularity(dataset: SequenceDataset, split: Split = Split.TRAIN) -> torch.Te
     """
     if split not in (Split.TRAIN, Split.TRAIN_VALIDATION):
         raise ValueError(f"split: got {split}, expected train or train_validation")
-    ends = part_lengths(dataset.lengths, split)
-    position = np.arange(len(dataset.item_ids)) - np.repeat(dataset.offsets[:-1], dataset.lengths)
-    seen = dataset.item_ids[position < np.repeat(ends, dataset.lengths)]
-    return torch.from_numpy(np.bincount(seen, minlength=dataset.num_items))
+    counts = np.zeros(dataset.num_items, dtype=np.int64)
+    for first in range(0, dataset.num_sequences, _SEQUENCES_AT_ONCE):
+        offsets = dataset.offsets[first : first + _SEQUENCES_AT_ONCE + 1]
+        ends = part_lengths(np.diff(offsets), split)
+        events = spans(offsets[:-1], ends)
+        counts += np.bincount(dataset.item_ids[events], minlength=dataset.num_items)
+        dataset.forget_pages()
+    return torch.from_numpy(counts)

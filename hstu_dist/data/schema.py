@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,6 +23,7 @@ ITEMS_FILE = "items.parquet"
 CONTEXT_PREFIX = "context_"
 """Of the names of contextual columns in the users' file."""
 DATA_FILES = (SEQUENCES_FILE, USERS_FILE, ITEMS_FILE)
+LENGTHS_PLOT = "lengths.png"
 
 
 def _list_of(value_type: pa.DataType) -> pa.DataType:
@@ -37,6 +39,17 @@ SEQUENCE_SCHEMA = pa.schema(
     ]
 )
 """One row a user, in order of user_id = 0, 1, ...; events sorted by time, times in whole seconds."""
+
+
+def sequence_file(part: int, parts: int) -> str:
+    """Name of a file of sequences: of a small data set the only one."""
+    return SEQUENCES_FILE if parts == 1 else f"sequences-{part:05d}.parquet"
+
+
+def is_part_of_data_set(name: str) -> bool:
+    """Whether a file or folder may lie in the folder of a data set."""
+    known = (MANIFEST_FILE, LENGTHS_PLOT, USERS_FILE, ITEMS_FILE)
+    return name in known or name.startswith("columns") or re.fullmatch(r"sequences(-\d{5})?\.parquet", name) is not None
 
 
 def vocabulary_schema(raw_type: pa.DataType) -> pa.Schema:
@@ -63,6 +76,7 @@ class Manifest:
         files: hash of every data file.
         action_fields: what an action packs, name → bits from the lowest bit up; empty: one plain number.
         contextual: columns of what is known of a user, in the users' file.
+        statistics: of sequence lengths, items and times; see docs/data.md.
     """
 
     format_version: int
@@ -78,6 +92,12 @@ class Manifest:
     files: dict[str, str]
     action_fields: dict[str, int] = Field(default_factory=dict)
     contextual: tuple[str, ...] = ()
+    statistics: dict[str, float] = Field(default_factory=dict)
+
+    @property
+    def sequence_files(self) -> dict[str, str]:
+        """Hashes of the files of sequences, in order."""
+        return {name: value for name, value in sorted(self.files.items()) if name.startswith("sequences")}
 
     def to_json(self) -> str:
         """Readable JSON; the same manifest always gives the same text."""
