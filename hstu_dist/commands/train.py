@@ -101,6 +101,7 @@ def restore(session: Session, checkpoints: CheckpointManager) -> TrainState:
     values = checkpoints.load_newest(session.tensors())
     if values is not None:
         state.load_state_dict(values)
+    state.tables = {name: spec.describe() for name, spec in session.recommender.tables.specs.items()}
     return state
 
 
