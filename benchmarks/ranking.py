@@ -32,16 +32,16 @@ MAIN: dict[str, tuple[str, ...]] = {
 
 ABLATIONS: dict[str, tuple[str, ...]] = {
     "no time bias": ("model.relative_bias=position",),
-    "no bias": ("model.relative_bias=none",),
     "no user token": ("task.contextual=[]",),
     "time at the input": ("model.input_time=true",),
-    "time at the input, no time bias": ("model.input_time=true", "model.relative_bias=position"),
     "semi-local, 64 and 9": ("model.window=64", "model.global_prefix=9"),
     "last layer truncated to 64": ("model.truncated_layers=1", "model.truncated_length=64"),
     "production layer": ("model.affine_norm=true", "model.uvqk_bias=true", "model.concat_ux=true"),
     "one head": ("loss.heads=[{name: like, kind: binary, threshold: 4}]",),
 }
 """HSTU with one choice changed, at the first seed."""
+
+_PARTS = ("main", "ablations")
 
 _TINY = (
     "data=events",
@@ -87,6 +87,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seeds", nargs="+", type=positive, default=[1, 2, 3], metavar="SEED", help="seeds (default: 1 2 3)"
     )
+    parser.add_argument(
+        "--parts", nargs="+", choices=_PARTS, default=list(_PARTS), help="which cells to run; the summary has all"
+    )
     parser.add_argument("--nproc", type=positive, default=2, help="ranks of a run (default: %(default)s)")
     parser.add_argument("--runs", type=Path, help="folder of the runs (default: runs/ranking; --quick: beside output)")
 
@@ -94,10 +97,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs the cells that are missing, then writes the summary of all that exist."""
     study = _study(options)
-    cells = [Cell(contender, seed) for seed in options.seeds for contender in MAIN]
-    cells += [Cell(contender, options.seeds[0]) for contender in ABLATIONS]
+    cells = {
+        "main": [Cell(contender, seed) for seed in options.seeds for contender in MAIN],
+        "ablations": [Cell(contender, options.seeds[0]) for contender in ABLATIONS],
+    }
+    every_cell = [cell for part in _PARTS for cell in cells[part]]
     failed: list[str] = []
-    for cell in cells:
+    for cell in (cell for part in options.parts for cell in cells[part]):
         code = _run_cell(study, cell)
         if code >= 128:
             # a signal stopped it: whoever sent it wants no further cell
@@ -105,7 +111,7 @@ def run(options: argparse.Namespace) -> int:
         if code != ExitCode.FINISHED:
             failed.append(cell.name)
         else:
-            write_summary(cells, study.output, study.command, lambda c: compose(study.overrides(c)))
+            write_summary(every_cell, study.output, study.command, lambda c: compose(study.overrides(c)))
     if failed:
         raise UserError(f"not finished: {', '.join(failed)}", "see the errors above; the same command goes on")
     return 0
