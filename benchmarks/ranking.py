@@ -31,17 +31,17 @@ MAIN: dict[str, tuple[str, ...]] = {
 """Contenders at every seed."""
 
 ABLATIONS: dict[str, tuple[str, ...]] = {
-    "no time bias": ("model.relative_bias=position",),
-    "no user token": ("task.contextual=[]",),
     "time at the input": ("model.input_time=true",),
     "semi-local, 64 and 9": ("model.window=64", "model.global_prefix=9"),
     "last layer truncated to 64": ("model.truncated_layers=1", "model.truncated_length=64"),
+    "no time bias": ("model.relative_bias=position",),
+    "no user token": ("task.contextual=[]",),
     "production layer": ("model.affine_norm=true", "model.uvqk_bias=true", "model.concat_ux=true"),
     "one head": ("loss.heads=[{name: like, kind: binary, threshold: 4}]",),
 }
 """HSTU with one choice changed, at the first seed."""
 
-_PARTS = ("main", "ablations")
+_PARTS = ("hstu", "baselines", "ablations")
 
 _TINY = (
     "data=events",
@@ -98,7 +98,8 @@ def run(options: argparse.Namespace) -> int:
     """Runs the cells that are missing, then writes the summary of all that exist."""
     study = _study(options)
     cells = {
-        "main": [Cell(contender, seed) for seed in options.seeds for contender in MAIN],
+        "hstu": [Cell("hstu", seed) for seed in options.seeds],
+        "baselines": [Cell(contender, seed) for seed in options.seeds for contender in MAIN if contender != "hstu"],
         "ablations": [Cell(contender, options.seeds[0]) for contender in ABLATIONS],
     }
     every_cell = [cell for part in _PARTS for cell in cells[part]]

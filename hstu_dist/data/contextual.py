@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hstu_dist.data.schema import CONTEXT_PREFIX, USERS_FILE, Manifest
+from hstu_dist.data.schema import CONTEXT_FILE, Manifest
 from hstu_dist.errors import UserError
 
 Ints = npt.NDArray[np.int64]
@@ -60,7 +60,7 @@ def contextual_features(folder: str | Path, manifest: Manifest, names: Sequence[
         UserError: a feature is missing, or the file is damaged.
     """
     check_contextual(manifest, names)
-    found = [_codes(Path(folder) / USERS_FILE, name, manifest.num_users) for name in names]
+    found = [_codes(Path(folder) / CONTEXT_FILE, name, manifest.num_users) for name in names]
     codes = np.stack([codes for codes, _ in found], axis=1) if found else np.empty((manifest.num_users, 0), np.int64)
     return Contextual(sizes=tuple(size for _, size in found), codes=codes)
 
@@ -71,7 +71,7 @@ def _codes(file: Path, name: str, num_users: int) -> tuple[Ints, int]:
     remedy = "run `python -m hstu_dist prepare` again"
     try:
         with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-            column = parquet.read(columns=[CONTEXT_PREFIX + name])[CONTEXT_PREFIX + name]
+            column = parquet.read(columns=[name])[name]
     except (OSError, KeyError, pa.ArrowException) as error:
         raise UserError(f"{file}: contextual column {name} cannot be read ({str(error)[:300]})", remedy) from error
     if len(column) != num_users or column.null_count:

@@ -20,8 +20,8 @@ MANIFEST_FILE = "dataset.json"
 SEQUENCES_FILE = "sequences.parquet"
 USERS_FILE = "users.parquet"
 ITEMS_FILE = "items.parquet"
-CONTEXT_PREFIX = "context_"
-"""Of the names of contextual columns in the users' file."""
+CONTEXT_FILE = "context.parquet"
+"""What is known of the users, a row each, raw values; only where contextual columns were prepared."""
 DATA_FILES = (SEQUENCES_FILE, USERS_FILE, ITEMS_FILE)
 LENGTHS_PLOT = "lengths.png"
 
@@ -48,7 +48,7 @@ def sequence_file(part: int, parts: int) -> str:
 
 def is_part_of_data_set(name: str) -> bool:
     """Whether a file or folder may lie in the folder of a data set."""
-    known = (MANIFEST_FILE, LENGTHS_PLOT, USERS_FILE, ITEMS_FILE)
+    known = (MANIFEST_FILE, LENGTHS_PLOT, USERS_FILE, ITEMS_FILE, CONTEXT_FILE)
     return name in known or name.startswith("columns") or re.fullmatch(r"sequences(-\d{5})?\.parquet", name) is not None
 
 
@@ -75,7 +75,7 @@ class Manifest:
         sources: hash of every input, in reading order.
         files: hash of every data file.
         action_fields: what an action packs, name → bits from the lowest bit up; empty: one plain number.
-        contextual: columns of what is known of a user, in the users' file.
+        contextual: columns of what is known of a user.
         statistics: of sequence lengths, items and times; see docs/data.md.
     """
 

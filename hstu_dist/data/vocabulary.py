@@ -51,8 +51,7 @@ class Vocabulary:
         remedy = "run `python -m hstu_dist prepare` again"
         try:
             with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-                # contextual columns may follow
-                table = parquet.read(columns=["id", "raw", "count"]).combine_chunks()
+                table = parquet.read().combine_chunks()
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{file}: cannot be read ({str(error)[:300]})", remedy) from error
         if table.schema.names != ["id", "raw", "count"] or table.schema != vocabulary_schema(table["raw"].type):
