@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -61,8 +61,8 @@ class RunConfig:
     nproc: int = Field(default=2, gt=0)
     task: TaskConfig = Field(default_factory=RetrievalConfig)
     data: DataConfig
-    model: ModelConfig = Field(discriminator="kind")
-    loss: LossConfig = Field(discriminator="kind")
+    model: Annotated[ModelConfig, Field(discriminator="kind")]
+    loss: Annotated[LossConfig, Field(discriminator="kind")]
     embedding: EmbeddingConfig
     optimizer: OptimizerConfig
     trainer: TrainerConfig
