@@ -24,6 +24,7 @@ BENCHMARKS: Mapping[str, str] = {
     "train_step": "a whole training step on MovieLens-1M, and where its time goes",
     "embedding": "embedding tables: lookup with update against nn.Embedding, share of a step, memory of a large table",
     "data": "events/s of reading and batching, Stochastic Length, balance of 64 simulated ranks",
+    "prepare": "event logs to sequences: seconds and memory by size and limit, and reading 100 million events back",
     "checkpoint": "saving and loading 1 GB on two ranks against the disk, and how long training stands still",
     "kernels": "the Triton kernels compiled ahead of time: registers, spills, shared memory, roofline; needs no GPU",
     "plan": "the capacity planner: its time and memory, and its predictions against real ranks and towers",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,8 +32,8 @@ from hstu_dist.data.columns import (
     reject_times,
     times_of,
 )
-from hstu_dist.data.config import EventsConfig
-from hstu_dist.data.log_files import LogFile, find_files, fingerprints
+from hstu_dist.data.config import Duplicates, EventsConfig
+from hstu_dist.data.log_files import LogFile, find_files, fingerprints, is_hash
 from hstu_dist.errors import UserError
 from hstu_dist.files import is_disk_full
 
@@ -141,10 +142,12 @@ class EventLog:
         if config.input is None:
             raise UserError("data.input: missing", "pass data.input=FILE (a CSV or Parquet file, a folder or a glob)")
         self.files = find_files(config.input)
+        self._fingerprints: dict[str, str] = {}
 
     def fingerprint(self) -> dict[str, str]:
         """Hash of every file by its name, in reading order."""
-        return fingerprints(self.files)
+        self._fingerprints = self._fingerprints or fingerprints(self.files)
+        return self._fingerprints
 
     def open(self, scratch: Path) -> OpenLog:
         """Check everything that needs no values: columns, types, formats.
@@ -162,8 +165,19 @@ class EventLog:
         log = OpenLog(config=config, tables=tables)
         if log.num_events == 0:
             raise UserError(f"{config.input}: has no events", "check data.input")
+        self._check_copies(tables)
         log.settle_readings()
         return log
+
+    def _check_copies(self, tables: Sequence[ColumnTable]) -> None:
+        """All events of a file that is there twice would be repeats."""
+        first: dict[str, ColumnTable] = {}
+        for table, content in zip(tables, self.fingerprint().values(), strict=True):
+            if is_hash(content) and table.num_rows and first.setdefault(content, table) is not table:
+                problem = f"{table.file.shown}: has the same content as {first[content].file.shown}"
+                if self.config.duplicates is Duplicates.ERROR:
+                    raise UserError(problem, "remove one of them, or pass data.duplicates=drop or data.duplicates=keep")
+                _log.warning("%s (data.duplicates=%s)", problem, self.config.duplicates.value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,10 +273,15 @@ class OpenLog:
         name = self.config.user_column
         every = max(1, sum(table.num_rows for table in tables) // _SAMPLED_USERS)
         pieces = []
-        for table in tables:
-            for batch in table.some(name, groups):
-                rows = pa.array(np.arange(0, len(batch), every))
-                pieces.append(ids_of(self._column(0, name, batch.column(0).take(rows))))
+        try:
+            for table in tables:
+                for batch in table.some(name, groups):
+                    rows = pa.array(np.arange(0, len(batch), every))
+                    pieces.append(ids_of(self._column(0, name, batch.column(0).take(rows))))
+        except UserError:
+            # a sample does not know its place: reading in order finds the first value that is wrong
+            deque(self.batches(), maxlen=0)
+            raise
         return pa.concat_arrays(pieces)
 
     def _actions(self, columns: Mapping[str, Column], count: int) -> npt.NDArray[np.int32]:

@@ -23,7 +23,7 @@ ITEMS_FILE = "items.parquet"
 CONTEXT_FILE = "context.parquet"
 """What is known of the users, a row each, raw values; only where contextual columns were prepared."""
 DATA_FILES = (SEQUENCES_FILE, USERS_FILE, ITEMS_FILE)
-LENGTHS_PLOT = "lengths.png"
+LENGTHS_PLOT = "lengths"
 
 
 def _list_of(value_type: pa.DataType) -> pa.DataType:
@@ -48,7 +48,8 @@ def sequence_file(part: int, parts: int) -> str:
 
 def is_part_of_data_set(name: str) -> bool:
     """Whether a file or folder may lie in the folder of a data set."""
-    known = (MANIFEST_FILE, LENGTHS_PLOT, USERS_FILE, ITEMS_FILE, CONTEXT_FILE)
+    plots = (f"{LENGTHS_PLOT}.png", f"{LENGTHS_PLOT}.svg")
+    known = (MANIFEST_FILE, USERS_FILE, ITEMS_FILE, CONTEXT_FILE, *plots)
     return name in known or name.startswith("columns") or re.fullmatch(r"sequences(-\d{5})?\.parquet", name) is not None
 
 
