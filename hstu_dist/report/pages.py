@@ -46,7 +46,7 @@ TOPICS: Mapping[str, Topic] = {
         title="Ranking on MovieLens-1M",
         note="What a user does with a film that is shown (liked: 4 stars and more), split by time; the epoch is chosen "
         "on validation events, test events are read once. Means over the seeds (quartiles in brackets) of HSTU and "
-        "DLRM, one seed for HSTU with one choice changed. Above 1 in a ratio means that HSTU is better; NE is inverted.",
+        "DLRM, one seed of HSTU with one choice changed. Above 1 in a ratio means that HSTU is better; NE inverted.",
         metrics=("like/ne", "like/auc", "like/gauc", "stars/mse", "training TFLOP an epoch", "dense parameters"),
     ),
     "attention_cpu": Topic(
