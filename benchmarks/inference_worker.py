@@ -22,7 +22,7 @@ from hstu_dist.models.tower import Tower
 def main() -> None:
     """Serves until SIGTERM."""
     keep_freed_memory()
-    model = compose(["experiment=ml1m_hstu_large"]).model
+    model, _ = compose(["experiment=ml1m_hstu_large"]).retrieval
     torch.manual_seed(0)
     tower = Tower(model, torch.device("cpu")).requires_grad_(False)
     vocabulary = Vocabulary(raw=pa.array(np.arange(ITEMS)), counts=np.ones(ITEMS, dtype=np.int64))

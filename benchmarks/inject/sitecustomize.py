@@ -58,8 +58,7 @@ def _spoil(module: ModuleType) -> None:
     rank, step, times = (int(part) for part in os.environ["HSTU_SPOIL"].split(":"))
     if os.environ.get("RANK") != str(rank):
         return
-    true_gradient = module.TrainStep.gradient
-    true_loss = vars(module)["softmax_loss"]
+    true_gradient, true_accumulate = module.TrainStep.gradient, module.TrainStep._accumulate
     left = [times]
     now = [-1]
 
@@ -67,15 +66,14 @@ def _spoil(module: ModuleType) -> None:
         now[0] = number
         return true_gradient(self, batch, work, number)
 
-    def loss(*arguments: Any) -> Any:
-        value = true_loss(*arguments)
-        if now[0] != step or not left[0]:
-            return value
-        left[0] -= 1
-        return value * float("nan")
+    def accumulate(self: Any, rows: Any, losses: Any, *more: Any) -> Any:
+        if now[0] == step and left[0]:
+            left[0] -= 1
+            losses = [lambda rows, loss=loss: loss(rows) * float("nan") for loss in losses]
+        return true_accumulate(self, rows, losses, *more)
 
     module.TrainStep.gradient = gradient
-    vars(module)["softmax_loss"] = loss
+    module.TrainStep._accumulate = accumulate
 
 
 if {"HSTU_SPOIL", "HSTU_PAUSE"} & set(os.environ):

@@ -29,14 +29,15 @@ def export_run(run: Path | None, overrides: Sequence[str], settings: ExportConfi
     """
     config, folder = run_of(run, overrides)
     items = Vocabulary.items(settings.prepared_data or config.data.path)
-    weights = read_weights(folder, config.model.width)
+    encoder, _ = config.retrieval
+    weights = read_weights(folder, encoder.width)
     if len(items) != weights.table_VD.shape[0]:
         raise UserError(
             f"{config.data.path}: has {len(items)} items, the run was trained on {weights.table_VD.shape[0]}",
             "set prepared_data=FOLDER to the prepared data that the run was trained on",
         )
     # the backend that is nothing but PyTorch
-    model = replace(config.model, backend="blocked")
+    model = replace(encoder, backend="blocked")
     tower = tower_of(model, weights, torch.device("cpu"))
     bounds = Bounds(users=settings.max_users, history=model.max_length, candidates=settings.max_candidates)
     description = {

@@ -82,6 +82,7 @@ class Run:
                 epochs=config.trainer.epochs,
                 stop_epoch=config.trainer.stop_epoch,
                 world=world,
+                workload=session.workload,
                 peak_flops=job_peak_flops(config.trainer.peak_flops, config.trainer.precision, world),
                 hooks=[
                     HeartbeatHook(),
@@ -105,14 +106,7 @@ class Run:
     def _step(self, stack: contextlib.ExitStack) -> Step:
         """What trains on a batch, until `stack` is left."""
         session, config = self.session, self.session.config
-        step: Step = TrainStep(
-            session.recommender,
-            config.loss,
-            session.optimizers,
-            session.world,
-            config.seed,
-            config.trainer.micro_batches,
-        )
+        step: Step = TrainStep(session.objective(), session.optimizers, session.world, config.trainer.micro_batches)
         if config.trainer.logging.sequences:
             log = SequenceLog(step, self.folder.sequences, session.world, self.state.step)
             step = stack.enter_context(contextlib.closing(log))

@@ -16,6 +16,7 @@ from hstu_dist.commands.memory import explained_memory
 from hstu_dist.commands.rank_log import rank_log
 from hstu_dist.commands.result_table import finished_report, result_table
 from hstu_dist.commands.session import Session
+from hstu_dist.commands.sessions import open_session
 from hstu_dist.commands.stream import train_stream
 from hstu_dist.config import RunConfig
 from hstu_dist.data.split import Split
@@ -79,7 +80,7 @@ def _locked(folder: RunFolder, world: World) -> Iterator[None]:
 
 
 def _run(config: RunConfig, world: World, folder: RunFolder, say: Callable[[str], None]) -> ExitCode:
-    session = Session.build(config, world)
+    session = open_session(config, world)
     run = Run.restored(session, folder)
     if world.is_main:
         _announce(session, run.state, say)
@@ -132,6 +133,7 @@ def _test(session: Session, checkpoints: CheckpointManager, state: TrainState) -
         "test": session.evaluate(Split.TEST),
         "popularity": session.evaluate_popularity(Split.TEST),
         "world_size": session.world.size,
+        "dense_parameters": sum(parameter.numel() for parameter in session.recommender.tower.parameters()),
         "speed": training_averages(state, session.training_flops),
     }
     # empty if no reading was a number

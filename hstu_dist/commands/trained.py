@@ -124,14 +124,15 @@ def load_trained(config: RunConfig, folder: RunFolder, use: ModelUse, cache: Sta
     device = _device(use.device)
     data = use.prepared_data or config.data.path
     items = ItemIndex(Vocabulary.items(data))
-    weights = read_weights(folder, config.model.width)
+    encoder, _ = config.retrieval
+    weights = read_weights(folder, encoder.width)
     if len(items) != weights.table_VD.shape[0]:
         raise UserError(
             f"{data}: has {len(items)} items, the run was trained on {weights.table_VD.shape[0]}",
             "set prepared_data=FOLDER to the prepared data that the run was trained on",
         )
-    tower = tower_of(config.model, weights, device)
-    model = RetrievalModel(tower, weights.table_VD.to(device), config.model.max_length, cache)
+    tower = tower_of(encoder, weights, device)
+    model = RetrievalModel(tower, weights.table_VD.to(device), encoder.max_length, cache)
     return Trained(model, items, weights.step, folder.path)
 
 

@@ -18,8 +18,8 @@ DATA = dataset_of([12, 150, 90, 200, 33, 170, 64])
 
 def session_of(*overrides: str) -> Session:
     """Without a model: loaders need none."""
-    nothing = cast(Any, None)
-    return Session(compose(["experiment=ml1m", *overrides]), WORLD, DATA, nothing, nothing)
+    config, nothing = compose(["experiment=ml1m", *overrides]), cast(Any, None)
+    return Session(config=config, world=WORLD, recommender=nothing, optimizers=nothing, average=None, dataset=DATA)
 
 
 def lengths_of(session: Session, split: Split) -> dict[int, int]:
@@ -52,4 +52,4 @@ def test_cost_of_a_sequence_is_its_flops(model: str, length: int) -> None:
     cost = session.loader(Split.TRAIN).config.cost
     expected = session.training_flops(Workload.causal([length]))
     assert cost.linear * length + cost.quadratic * length**2 == pytest.approx(expected, rel=1e-12)
-    assert cost == sequence_cost(session.training_flops)
+    assert cost == sequence_cost(lambda n: session.training_flops(Workload.causal([n])), session.config.data.max_length)
