@@ -247,7 +247,9 @@ def check_killed_at(config: EventsConfig, step: int, right: dict[str, str], old:
 
 
 def contents(path: str) -> dict[str, str]:
-    return {name: content for name, (_, _, content) in state(path).items()}
+    columns = (file for file in (Path(path) / "columns").iterdir() if file.suffix == ".bin")
+    found = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in columns}
+    return found | {name: content for name, (_, _, content) in state(path).items()}
 
 
 def test_killed_nothing_half_written_is_left(config: EventsConfig, steps: int) -> None:
