@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from hstu_dist.commands.trained import read_weights, run_of, tower_of
+from hstu_dist.commands.trained import encoder_config, read_weights, run_of, tower_of
 from hstu_dist.data.vocabulary import Vocabulary
 from hstu_dist.errors import UserError
 from hstu_dist.inference.config import ExportConfig
@@ -36,7 +36,7 @@ def export_run(run: Path | None, overrides: Sequence[str], settings: ExportConfi
             "set prepared_data=FOLDER to the prepared data that the run was trained on",
         )
     # the backend that is nothing but PyTorch
-    model = replace(config.model, backend="blocked")
+    model = replace(encoder_config(config), backend="blocked")
     tower = tower_of(model, weights, torch.device("cpu"))
     bounds = Bounds(users=settings.max_users, history=model.max_length, candidates=settings.max_candidates)
     description = {
