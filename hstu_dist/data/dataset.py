@@ -1,4 +1,4 @@
-"""SequenceDataset: a prepared data set as flat arrays mapped from disk; it may be larger than memory."""
+"""SequenceDataset: a prepared data set as flat arrays on disk; it may be larger than memory."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from hstu_dist.data.flat_columns import FLAT_FOLDER, FlatColumns, FlatWriter, map_columns, write_index
+from hstu_dist.data.flat_columns import FLAT_FOLDER, FlatColumns, FlatWriter, open_columns, write_index
 from hstu_dist.data.schema import SEQUENCE_SCHEMA, Manifest, load_manifest
+from hstu_dist.data.stochastic_length import spans
 from hstu_dist.data.workspace import Workspace
 from hstu_dist.data.writer import exclusive, os_errors_of
 from hstu_dist.errors import UserError
@@ -24,6 +25,15 @@ from hstu_dist.errors import UserError
 Ints = npt.NDArray[np.int64]
 
 _PREPARE = "run `python -m hstu_dist prepare` again"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """E events: item_ids and timestamps [E] int64, actions [E] int32."""
+
+    item_ids: Ints
+    timestamps: Ints
+    actions: npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +48,7 @@ class SequenceDataset:
         item_ids: [E] int64 in [0, num_items).
         timestamps: [E] int64 seconds >= 0, ascending within a sequence.
         actions: [E] int32 >= 0.
-        flat: where the arrays are mapped from; None: they are in memory.
+        flat: the files that the arrays are mapped from; None: they are in memory.
     """
 
     manifest: Manifest
@@ -60,12 +70,20 @@ class SequenceDataset:
         """
         folder = Path(path).resolve()
         manifest = load_manifest(Path(path))
-        flat = map_columns(folder, manifest.sequence_files, manifest.num_events)
+        flat = open_columns(folder, manifest)
         if flat is None:
             with exclusive(folder):
-                flat = map_columns(folder, manifest.sequence_files, manifest.num_events)
+                flat = open_columns(folder, manifest)
                 flat = flat or _make_columns(folder, manifest)
-        return cls(manifest=manifest, flat=flat, **flat.arrays)
+        events = flat.events
+        return cls(
+            manifest=manifest,
+            offsets=flat.offsets,
+            item_ids=events["item_ids"],
+            timestamps=events["timestamps"],
+            actions=events["actions"],
+            flat=flat,
+        )
 
     @property
     def num_sequences(self) -> int:
@@ -82,8 +100,21 @@ class SequenceDataset:
         """[S] int64, events of every sequence."""
         return np.diff(self.offsets)
 
+    def read(self, firsts: Ints, lengths: Ints) -> Columns:
+        """Runs of events end to end, without keeping anything of the data set in memory.
+
+        Args:
+            firsts: [B] number of the first event of each run.
+            lengths: [B] events of each.
+        """
+        if self.flat is not None:
+            events = self.flat.read(firsts, lengths)
+            return Columns(events["item_ids"], events["timestamps"], events["actions"])
+        places = spans(firsts, lengths)
+        return Columns(self.item_ids[places], self.timestamps[places], self.actions[places])
+
     def forget_pages(self) -> None:
-        """Give back the memory of what was read; the arrays stay valid."""
+        """Give back the memory of what was touched of the arrays, which stay valid."""
         if self.flat is not None:
             self.flat.forget_pages()
 
@@ -107,7 +138,7 @@ def _make_columns(folder: Path, manifest: Manifest) -> FlatColumns:
         shutil.rmtree(folder / FLAT_FOLDER, ignore_errors=True)
         building.rename(folder / FLAT_FOLDER)
         write_index(folder, manifest.sequence_files)
-    flat = map_columns(folder, manifest.sequence_files, manifest.num_events)
+    flat = open_columns(folder, manifest)
     assert flat is not None
     return flat
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import bisect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -19,9 +20,20 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from hstu_dist.data.columns import Column, Reading, actions_of, ids_of, is_text, reading_of, reject_times, times_of
-from hstu_dist.data.config import EventsConfig
-from hstu_dist.data.log_files import LogFile, find_files, fingerprints
+from hstu_dist.actions import action_fields
+from hstu_dist.data.columns import (
+    Column,
+    Reading,
+    actions_of,
+    ids_of,
+    is_text,
+    packed_actions,
+    reading_of,
+    reject_times,
+    times_of,
+)
+from hstu_dist.data.config import Duplicates, EventsConfig
+from hstu_dist.data.log_files import LogFile, find_files, fingerprints, is_hash
 from hstu_dist.errors import UserError
 from hstu_dist.files import is_disk_full
 
@@ -130,10 +142,12 @@ class EventLog:
         if config.input is None:
             raise UserError("data.input: missing", "pass data.input=FILE (a CSV or Parquet file, a folder or a glob)")
         self.files = find_files(config.input)
+        self._fingerprints: dict[str, str] = {}
 
     def fingerprint(self) -> dict[str, str]:
         """Hash of every file by its name, in reading order."""
-        return fingerprints(self.files)
+        self._fingerprints = self._fingerprints or fingerprints(self.files)
+        return self._fingerprints
 
     def open(self, scratch: Path) -> OpenLog:
         """Check everything that needs no values: columns, types, formats.
@@ -146,14 +160,24 @@ class EventLog:
         """
         config = self.config
         names = [config.user_column, config.item_column, config.timestamp_column]
-        names += [config.action_column] if config.action_column is not None else []
-        tables = [_column_table(file, names, scratch / f"{index}.parquet") for index, file in enumerate(self.files)]
-        _check_same_types(tables)
+        names += [config.action_column] if config.action_column is not None else [*config.action_columns]
+        tables = column_tables(self.files, names, scratch)
         log = OpenLog(config=config, tables=tables)
         if log.num_events == 0:
             raise UserError(f"{config.input}: has no events", "check data.input")
+        self._check_copies(tables)
         log.settle_readings()
         return log
+
+    def _check_copies(self, tables: Sequence[ColumnTable]) -> None:
+        """All events of a file that is there twice would be repeats."""
+        first: dict[str, ColumnTable] = {}
+        for table, content in zip(tables, self.fingerprint().values(), strict=True):
+            if is_hash(content) and table.num_rows and first.setdefault(content, table) is not table:
+                problem = f"{table.file.shown}: has the same content as {first[content].file.shown}"
+                if self.config.duplicates is Duplicates.ERROR:
+                    raise UserError(problem, "remove one of them, or pass data.duplicates=drop or data.duplicates=keep")
+                _log.warning("%s (data.duplicates=%s)", problem, self.config.duplicates.value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,13 +253,12 @@ class OpenLog:
                 shown = f"{int(latest):,} s since 1970"
                 _log.warning("%s: a time is %s; is data.timestamp_unit right?", config.timestamp_column, shown)
                 plausible = False
-            action = config.action_column
             yield EventTable(
                 users=ids_of(columns[config.user_column]),
                 items=ids_of(columns[config.item_column]),
                 order_times=times,
                 per_second=per_second,
-                actions=np.zeros(len(times), dtype=np.int32) if action is None else actions_of(columns[action]),
+                actions=self._actions(columns, len(times)),
                 origin=self.origin,
                 first_row=start,
             )
@@ -250,11 +273,24 @@ class OpenLog:
         name = self.config.user_column
         every = max(1, sum(table.num_rows for table in tables) // _SAMPLED_USERS)
         pieces = []
-        for table in tables:
-            for batch in table.some(name, groups):
-                rows = pa.array(np.arange(0, len(batch), every))
-                pieces.append(ids_of(self._column(0, name, batch.column(0).take(rows))))
+        try:
+            for table in tables:
+                for batch in table.some(name, groups):
+                    rows = pa.array(np.arange(0, len(batch), every))
+                    pieces.append(ids_of(self._column(0, name, batch.column(0).take(rows))))
+        except UserError:
+            # a sample does not know its place: reading in order finds the first value that is wrong
+            deque(self.batches(), maxlen=0)
+            raise
         return pa.concat_arrays(pieces)
+
+    def _actions(self, columns: Mapping[str, Column], count: int) -> npt.NDArray[np.int32]:
+        config = self.config
+        if config.action_column is not None:
+            return actions_of(columns[config.action_column])
+        if config.action_columns:
+            return packed_actions([columns[n] for n in config.action_columns], action_fields(config.action_columns))
+        return np.zeros(count, dtype=np.int32)
 
     def _batches(self) -> Iterator[tuple[int, pa.RecordBatch]]:
         start = 0
@@ -276,6 +312,22 @@ class OpenLog:
         for column in self._columns(name):
             first = column.values[0] if first is None and len(column.values) else first
             reject_times(column, first)
+
+
+def column_tables(files: Sequence[LogFile], names: list[str], scratch: Path) -> list[ColumnTable]:
+    """The named columns of files of one format and the same types.
+
+    Args:
+        files: CSV or Parquet.
+        names: of the columns.
+        scratch: an empty folder; CSV files are copied into it as columns of text.
+
+    Raises:
+        UserError: names the file and column that cannot be used.
+    """
+    tables = [_column_table(file, names, scratch / f"{index}.parquet") for index, file in enumerate(files)]
+    _check_same_types(tables)
+    return tables
 
 
 def _column_table(file: LogFile, names: list[str], copy: Path) -> ColumnTable:
@@ -348,7 +400,7 @@ def _check_columns(file: LogFile, existing: list[str], wanted: list[str]) -> Non
             how = "is missing" if name not in existing else "is there more than once"
             raise UserError(
                 f"{file.shown}: column '{name}' {how}, the file has {', '.join(existing)}",
-                "set data.user_column, data.item_column, data.timestamp_column and data.action_column",
+                "set data.user_column, data.item_column, data.timestamp_column and data.action_column(s)",
             )
 
 

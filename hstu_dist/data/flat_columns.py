@@ -1,7 +1,7 @@
-"""The columns of all sequences end to end in plain files that are mapped, not read: a copy of the Parquet files.
+"""All events end to end in one plain file, and where each sequence starts in another: a copy of the Parquet files.
 
-They lie in a folder of the data set, native-endian, each column in `<name>.bin`. The system reads the pages that are
-touched and drops them when memory is short, so that a data set may be larger than memory. An index says which sequence
+They lie in a folder of the data set, native-endian. Training reads the histories of a batch, one read a sequence, so
+that memory does not grow with the data; scans of a whole column go through a mapping. An index says which sequence
 files they were made from: copied or changed files are told apart by their hashes.
 """
 
@@ -9,38 +9,41 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
+import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hstu_dist.data.schema import file_hash
+from hstu_dist.data.schema import Manifest, file_hash
+from hstu_dist.errors import UserError
 from hstu_dist.files import sync, write_atomically
 
-Array = npt.NDArray[Any]
+Ints = npt.NDArray[np.int64]
+Records = npt.NDArray[Any]
 
 FLAT_FOLDER = "columns"
-OFFSETS = "offsets"
-DTYPES: Mapping[str, type] = {OFFSETS: np.int64, "item_ids": np.int64, "timestamps": np.int64, "actions": np.int32}
-_INDEX = "index.json"
+# side by side, because a history that is read at random should lie on one page of the disk, not on three
+EVENT = np.dtype([("item_ids", np.int64), ("timestamps", np.int64), ("actions", np.int32)], align=True)
+OFFSET = np.dtype(np.int64)
+EVENTS_FILE, OFFSETS_FILE, _INDEX = "events.bin", "offsets.bin", "index.json"
 
 
 class FlatWriter:
-    """Writes pieces of the columns at their places, in any order."""
+    """Writes runs of sequences at their places, in any order."""
 
     def __init__(self, folder: Path, num_sequences: int, num_events: int) -> None:
-        """Makes files of full size in an existing folder; pieces that an earlier writer wrote stay."""
-        sizes = {name: num_sequences + 1 if name == OFFSETS else num_events for name in DTYPES}
+        """Makes files of full size in an existing folder; what an earlier writer wrote stays."""
         self.folder = folder
-        for name, size in sizes.items():
-            with _file(folder, name).open("ab") as file:
-                file.truncate(size * np.dtype(DTYPES[name]).itemsize)
-        self._files = {name: _file(folder, name).open("r+b") for name in DTYPES}
+        for name, size in _sizes(num_sequences, num_events).items():
+            with (folder / name).open("ab") as file:
+                file.truncate(size)
+        self._offsets, self._events = ((folder / name).open("r+b") for name in (OFFSETS_FILE, EVENTS_FILE))
 
-    def write(self, sequence: int, event: int, lengths: Array, columns: Mapping[str, Array]) -> None:
+    def write(self, sequence: int, event: int, lengths: Ints, columns: Mapping[str, npt.NDArray[Any]]) -> None:
         """Put consecutive sequences in their place.
 
         Args:
@@ -49,23 +52,22 @@ class FlatWriter:
             lengths: [S] events of each.
             columns: [E] item_ids, timestamps and actions.
         """
-        ends = event + np.cumsum(lengths, dtype=np.int64)
-        pieces = {OFFSETS: (sequence + 1, ends), **{name: (event, values) for name, values in columns.items()}}
-        for name, (start, values) in pieces.items():
-            file = self._files[name]
-            file.seek(start * file_itemsize(name))
-            file.write(np.ascontiguousarray(values, dtype=DTYPES[name]).data)
+        # zeros, so that what lies between the fields is the same every time
+        records = np.zeros(int(lengths.sum()), dtype=EVENT)
+        for name, values in columns.items():
+            records[name] = values
+        ends = event + np.cumsum(lengths, dtype=OFFSET)
+        self._offsets.seek((sequence + 1) * OFFSET.itemsize)
+        self._offsets.write(ends.data)
+        self._events.seek(event * EVENT.itemsize)
+        self._events.write(records.data)
 
     def close(self) -> None:
         """Put everything on disk."""
-        for name, file in self._files.items():
+        for file in (self._offsets, self._events):
             file.close()
-            sync(_file(self.folder, name))
-
-
-def file_itemsize(name: str) -> int:
-    """Bytes of a value of a column."""
-    return np.dtype(DTYPES[name]).itemsize
+        for name in (OFFSETS_FILE, EVENTS_FILE):
+            sync(self.folder / name)
 
 
 def write_index(folder: Path, hashes: Mapping[str, str]) -> None:
@@ -79,44 +81,68 @@ def write_index(folder: Path, hashes: Mapping[str, str]) -> None:
     write_atomically(folder / FLAT_FOLDER / _INDEX, json.dumps(index).encode())
 
 
-@dataclass(frozen=True)
 class FlatColumns:
-    """Mapped columns.
+    """Columns of a data set on disk."""
 
-    Attributes:
-        arrays: offsets, item_ids, timestamps and actions; read-only.
-        maps: their mappings.
-    """
+    def __init__(self, folder: Path) -> None:
+        """`folder` is that of the columns."""
+        self._path = folder / EVENTS_FILE
+        self._handle = os.open(self._path, os.O_RDONLY)
+        # with the last reference, as the mappings are
+        weakref.finalize(self, os.close, self._handle)
+        self._maps = [_mapped(folder / name) for name in (OFFSETS_FILE, EVENTS_FILE)]
+        self.offsets: Ints = np.frombuffer(self._maps[0], dtype=OFFSET)
+        self.events: Records = np.frombuffer(self._maps[1], dtype=EVENT)
 
-    arrays: Mapping[str, Array]
-    maps: tuple[mmap.mmap, ...]
+    def read(self, firsts: Ints, lengths: Ints) -> Records:
+        """Runs of events end to end, [sum of lengths].
+
+        Args:
+            firsts: [B] number of the first event of each run.
+            lengths: [B] events of each.
+
+        Raises:
+            UserError: the file has become shorter.
+        """
+        size = EVENT.itemsize
+        # a read copies what is wanted; a mapping would keep the 64 KiB around every history resident
+        places = zip((firsts * size).tolist(), (lengths * size).tolist(), strict=True)
+        content = b"".join([os.pread(self._handle, length, first) for first, length in places])
+        records: Records = np.frombuffer(content, dtype=EVENT)
+        if len(records) != lengths.sum():
+            raise UserError(f"{self._path}: has become shorter while it was used", "prepare the data set again")
+        return records
 
     def forget_pages(self) -> None:
-        """Give back the pages that were touched; what is touched again comes from the system's cache or the disk."""
-        for mapped in self.maps:
+        """Give back the pages that were touched through the arrays, which stay valid."""
+        for mapped in self._maps:
             mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def map_columns(folder: Path, hashes: Mapping[str, str], num_events: int) -> FlatColumns | None:
-    """The columns of a data set; None if there are none, or they do not belong to its sequence files.
+def open_columns(folder: Path, manifest: Manifest) -> FlatColumns | None:
+    """The columns of a data set; None if any is missing, or they do not belong to its sequence files.
 
     Args:
         folder: of the data set.
-        hashes: of the sequence files by name, as in the manifest.
-        num_events: as in the manifest.
+        manifest: of the data set.
     """
-    if not _is_current(folder, hashes):
+    columns = folder / FLAT_FOLDER
+    if not _is_current(folder, manifest.sequence_files):
         return None
-    arrays: dict[str, Array] = {}
-    maps = []
-    for name, dtype in DTYPES.items():
-        file = _file(folder / FLAT_FOLDER, name)
-        with file.open("rb") as handle:
-            mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-        arrays[name] = np.frombuffer(mapped, dtype=dtype)
-        maps.append(mapped)
-    lengths = {len(arrays[name]) for name in DTYPES if name != OFFSETS}
-    return FlatColumns(arrays, tuple(maps)) if lengths == {num_events} else None
+    for name, size in _sizes(manifest.num_users, manifest.num_events).items():
+        if not (columns / name).exists() or (columns / name).stat().st_size != size:
+            return None
+    return FlatColumns(columns)
+
+
+def _sizes(num_sequences: int, num_events: int) -> dict[str, int]:
+    """Bytes of every file."""
+    return {OFFSETS_FILE: (num_sequences + 1) * OFFSET.itemsize, EVENTS_FILE: num_events * EVENT.itemsize}
+
+
+def _mapped(file: Path) -> mmap.mmap:
+    with file.open("rb") as handle:
+        return mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _is_current(folder: Path, hashes: Mapping[str, str]) -> bool:
@@ -131,10 +157,6 @@ def _is_current(folder: Path, hashes: Mapping[str, str]) -> bool:
         )
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def _file(folder: Path, name: str) -> Path:
-    return folder / f"{name}.bin"
 
 
 def _stat(file: Path) -> tuple[int, int]:

@@ -17,12 +17,10 @@ from hstu_dist.data.balance import Imbalance
 from hstu_dist.data.config import LoaderConfig
 from hstu_dist.data.dataset import Ints, SequenceDataset
 from hstu_dist.data.epoch import EpochLayout, EpochPlanner
-from hstu_dist.data.split import Split, part_lengths, split_rows
+from hstu_dist.data.split import Split, part_lengths, split_rows, time_rows
 from hstu_dist.data.stochastic_length import History, spans
 
 _SEQUENCES_AT_ONCE = 1 << 16
-_EVENTS_IN_MEMORY = 1 << 20
-"""Events read before their pages are given back; each lies on pages of every column that hold others, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +46,23 @@ class BatchLoader:
     epoch, on exactly one rank. The last global batch may be smaller, and a rank's share of any batch empty.
     """
 
-    def __init__(self, dataset: SequenceDataset, config: LoaderConfig, shard: Shard | None = None) -> None:
+    def __init__(
+        self,
+        dataset: SequenceDataset,
+        config: LoaderConfig,
+        shard: Shard | None = None,
+        contextual: Ints | None = None,
+    ) -> None:
+        """Lays the split out; `contextual` [S, C] int64, if given, has the codes of every user's features."""
         self.dataset = dataset
         self.config = config
         self.shard = shard or Shard()
-        self._rows = split_rows(dataset.lengths, config.split, config.max_length)
+        self.contextual = contextual
+        if config.moments is None:
+            self._rows = split_rows(dataset.lengths, config.split, config.max_length)
+        else:
+            where = dataset.offsets, dataset.timestamps
+            self._rows = time_rows(*where, config.moments, config.split, config.max_length)
         self._planner = EpochPlanner(self._rows, config)
         self._latest: EpochLayout | None = None
 
@@ -91,37 +101,32 @@ class BatchLoader:
         return self._latest
 
     def _batches(self, layout: EpochLayout, first_batch: int) -> Iterator[JaggedBatch]:
-        read = 0
-        for index in range(first_batch, len(self)):
-            batch = self._gather(layout, layout.share(index, self.shard.rank, self.shard.world_size))
-            read += batch.num_tokens
-            if read > _EVENTS_IN_MEMORY:
-                self.dataset.forget_pages()
-                read = 0
-            yield batch
+        for batch in range(first_batch, len(self)):
+            yield self._gather(layout, layout.share(batch, self.shard.rank, self.shard.world_size))
 
     def _gather(self, layout: EpochLayout, rows: Ints) -> JaggedBatch:
         data = self.dataset
         sequences, kept = self._rows.sequences[rows], layout.lengths[rows]
-        history = History(
-            sequences=sequences,
-            firsts=data.offsets[sequences] + layout.starts[rows],
-            lengths=self._rows.lengths[rows],
-            kept=kept,
-        )
+        # every history with the last target, which follows it; by time, the last input stands for itself
+        ahead = 1 if self.config.moments is None else 0
+        sizes = self._rows.lengths[rows] + ahead
+        read = data.read(data.offsets[sequences] + layout.starts[rows], sizes)
+        ends = np.cumsum(sizes)
+        history = History(sequences=sequences, firsts=ends - sizes, lengths=sizes - ahead, kept=kept)
         law = self._planner.stochastic_length
-        inputs = spans(history.firsts, kept) if law is None else law.events(history, data.timestamps, layout.epoch)
+        inputs = spans(history.firsts, kept) if law is None else law.events(history, read.timestamps, layout.epoch)
         offsets = np.concatenate(([0], np.cumsum(kept)))
-        lasts = offsets[1:] - 1, history.firsts + history.lengths
-        items, times = data.item_ids[inputs], data.timestamps[inputs]
+        lasts = offsets[1:] - 1, ends - 1
+        items, times = read.item_ids[inputs], read.timestamps[inputs]
         return JaggedBatch(
             offsets=torch.from_numpy(offsets),
             item_ids=torch.from_numpy(items),
             timestamps=torch.from_numpy(times),
-            actions=torch.from_numpy(data.actions[inputs]),
-            target_ids=torch.from_numpy(_following(items, lasts, data.item_ids)),
-            query_times=torch.from_numpy(_following(times, lasts, data.timestamps)),
+            actions=torch.from_numpy(read.actions[inputs]),
+            target_ids=torch.from_numpy(_following(items, lasts, read.item_ids)),
+            query_times=torch.from_numpy(_following(times, lasts, read.timestamps)),
             row_ids=torch.from_numpy(sequences),
+            contextual=None if self.contextual is None else torch.from_numpy(self.contextual[sequences]),
         )
 
 
@@ -130,8 +135,8 @@ def _following(values: Ints, lasts: tuple[Ints, Ints], column: Ints) -> Ints:
 
     Args:
         values: [T] of the inputs.
-        lasts: [B] places of the last inputs, and [B] events of the data set that follow them.
-        column: [E] of the data set.
+        lasts: [B] places of the last inputs, and [B] events that follow them.
+        column: [E] of the events that were read.
     """
     following = np.empty_like(values)
     following[:-1] = values[1:]

@@ -6,17 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow.parquet as pq
 
 import hstu_dist
-from hstu_dist.data.flat_columns import DTYPES, FLAT_FOLDER
+from hstu_dist.data.flat_columns import EVENT, EVENTS_FILE, FLAT_FOLDER, Records
 from hstu_dist.data.schema import FORMAT_VERSION, ITEMS_FILE, USERS_FILE, Manifest
 
-Ints = npt.NDArray[np.int64]
-
 _QUANTILES = (10, 50, 90, 99)
-_EVENTS_AT_ONCE = 4 << 20
+_EVENTS_AT_ONCE = 1 << 20
 
 
 def describe(folder: Path, hashes: dict[str, str], made_from: dict[str, Any]) -> Manifest:
@@ -54,8 +51,8 @@ def describe(folder: Path, hashes: dict[str, str], made_from: dict[str, Any]) ->
 
 def _time_range(folder: Path) -> tuple[int, int]:
     ranges = []
-    times: Ints
-    with (folder / FLAT_FOLDER / "timestamps.bin").open("rb") as file:
-        while len(times := np.fromfile(file, DTYPES["timestamps"], _EVENTS_AT_ONCE)):
-            ranges.append((int(times.min()), int(times.max())))
+    events: Records
+    with (folder / FLAT_FOLDER / EVENTS_FILE).open("rb") as file:
+        while len(events := np.fromfile(file, EVENT, _EVENTS_AT_ONCE)):
+            ranges.append((int(events["timestamps"].min()), int(events["timestamps"].max())))
     return min(low for low, _ in ranges), max(high for _, high in ranges)

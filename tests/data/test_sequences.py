@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hstu_dist.data.config import Duplicates
 from hstu_dist.data.duckdb_engine import DuckDBEngine
 from hstu_dist.data.events import EventTable, Origin
-from hstu_dist.data.flat_columns import DTYPES
+from hstu_dist.data.flat_columns import EVENT, FlatColumns
 from hstu_dist.data.sequences import Cleaning, Log
 from hstu_dist.data.sequences import build_sequences as build
 from hstu_dist.data.staging import stage
@@ -51,7 +51,8 @@ def build_sequences(events: EventTable, cleaning: Cleaning, memory: int = 1 << 3
         log = Log(folder=events_folder, staged=stage(events, events_folder, memory), origin=events.origin)
         with DuckDBEngine(1 << 30, scratch) as engine:
             users, items, *files, columns = build(log, cleaning, engine, work)
-        arrays = {name: np.fromfile(columns / f"{name}.bin", dtype) for name, dtype in DTYPES.items()}
+        flat = FlatColumns(columns)
+        arrays = {"offsets": flat.offsets.copy(), **{name: flat.events[name].copy() for name in EVENT.names or ()}}
         rows = pa.concat_tables([pq.read_table(file) for file in files])
         for name in ("item_ids", "timestamps", "actions"):
             assert rows[name].combine_chunks().flatten().to_pylist() == arrays[name].tolist()
