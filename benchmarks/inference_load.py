@@ -108,6 +108,8 @@ def _server() -> Iterator[str]:
             yield line.split()[-1]
         finally:
             process.terminate()
+            # its last line must find somebody who reads
+            process.wait(timeout=60)
 
 
 async def _phases(url: str, seconds: float) -> tuple[Load, Load, Load]:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import torch
 
 from benchmarks.inference_load import ITEMS
+from hstu_dist.commands.trained import encoder_config
 from hstu_dist.config import compose
 from hstu_dist.data.vocabulary import Vocabulary
 from hstu_dist.inference.config import ServeConfig
@@ -22,7 +23,7 @@ from hstu_dist.models.tower import Tower
 def main() -> None:
     """Serves until SIGTERM."""
     keep_freed_memory()
-    model, _ = compose(["experiment=ml1m_hstu_large"]).retrieval
+    model = encoder_config(compose(["experiment=ml1m_hstu_large"]))
     torch.manual_seed(0)
     tower = Tower(model, torch.device("cpu")).requires_grad_(False)
     vocabulary = Vocabulary(raw=pa.array(np.arange(ITEMS)), counts=np.ones(ITEMS, dtype=np.int64))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from hstu_dist.commands.trained import read_weights, run_of, tower_of
+from hstu_dist.commands.trained import encoder_config, read_weights, run_of, tower_of
 from hstu_dist.data.vocabulary import Vocabulary
 from hstu_dist.errors import UserError
 from hstu_dist.inference.config import ExportConfig
@@ -29,15 +29,14 @@ def export_run(run: Path | None, overrides: Sequence[str], settings: ExportConfi
     """
     config, folder = run_of(run, overrides)
     items = Vocabulary.items(settings.prepared_data or config.data.path)
-    encoder, _ = config.retrieval
-    weights = read_weights(folder, encoder.width)
+    weights = read_weights(folder, config.model.width)
     if len(items) != weights.table_VD.shape[0]:
         raise UserError(
             f"{config.data.path}: has {len(items)} items, the run was trained on {weights.table_VD.shape[0]}",
             "set prepared_data=FOLDER to the prepared data that the run was trained on",
         )
     # the backend that is nothing but PyTorch
-    model = replace(encoder, backend="blocked")
+    model = replace(encoder_config(config), backend="blocked")
     tower = tower_of(model, weights, torch.device("cpu"))
     bounds = Bounds(users=settings.max_users, history=model.max_length, candidates=settings.max_candidates)
     description = {

@@ -124,16 +124,28 @@ def load_trained(config: RunConfig, folder: RunFolder, use: ModelUse, cache: Sta
     device = _device(use.device)
     data = use.prepared_data or config.data.path
     items = ItemIndex(Vocabulary.items(data))
-    encoder, _ = config.retrieval
-    weights = read_weights(folder, encoder.width)
+    weights = read_weights(folder, config.model.width)
     if len(items) != weights.table_VD.shape[0]:
         raise UserError(
             f"{data}: has {len(items)} items, the run was trained on {weights.table_VD.shape[0]}",
             "set prepared_data=FOLDER to the prepared data that the run was trained on",
         )
+    encoder = encoder_config(config)
     tower = tower_of(encoder, weights, device)
     model = RetrievalModel(tower, weights.table_VD.to(device), encoder.max_length, cache)
     return Trained(model, items, weights.step, folder.path)
+
+
+def encoder_config(config: RunConfig) -> HSTUConfig | TransformerConfig:
+    """The run's model, if it encodes sequences.
+
+    Raises:
+        UserError: it does not.
+    """
+    model = config.model
+    if not isinstance(model, HSTUConfig | TransformerConfig):
+        raise UserError(f"model: got {model.kind}, expected one that encodes sequences", "name a retrieval run")
+    return model
 
 
 def tower_of(model: HSTUConfig | TransformerConfig, weights: Weights, device: torch.device) -> Tower:

@@ -1,7 +1,7 @@
 """Answers requests in batches: whoever waits while one batch is computed makes up the next one.
 
-Nothing is delayed for the sake of a batch. The line has a length, so that an overload is refused at once, not answered
-too late; and what has waited too long is dropped before it is computed.
+Nothing is delayed for the sake of a batch. The line is short, so that an overload is refused at once, not answered too
+late: in number, and in time, by what jobs took of late. What has waited too long is dropped before it is computed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ from typing import Generic, TypeVar
 
 Job = TypeVar("Job")
 Answer = TypeVar("Answer")
+
+
+_SMOOTHING = 0.2
+"""Weight of the latest batch in what a job takes."""
 
 
 class OverloadedError(Exception):
@@ -81,6 +85,7 @@ class Batcher(Generic[Job, Answer]):
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="score", initializer=prepare)
         self._worker: asyncio.Task[None] | None = None
+        self._job_seconds = 0.0
 
     @property
     def pending(self) -> int:
@@ -112,7 +117,9 @@ class Batcher(Generic[Job, Answer]):
             LateError: there was no answer in time.
             Exception: what the computation of its batch raised.
         """
-        if len(self._line) >= self.limits.pending:
+        # half of the time is left for the batch under way and for the job's own
+        would_wait = len(self._line) * self._job_seconds
+        if len(self._line) >= self.limits.pending or would_wait > self.limits.seconds / 2:
             raise OverloadedError
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         waiting = _Waiting(job, cost, time.monotonic() + self.limits.seconds, answer)
@@ -144,7 +151,9 @@ class Batcher(Generic[Job, Answer]):
                     if not waiting.answer.done():
                         waiting.answer.set_exception(error)
                 continue
-            self._observe(len(batch), time.monotonic() - start)
+            seconds = time.monotonic() - start
+            self._job_seconds += _SMOOTHING * (seconds / len(batch) - self._job_seconds)
+            self._observe(len(batch), seconds)
             for waiting, answer in zip(batch, answers, strict=True):
                 if not waiting.answer.done():
                     waiting.answer.set_result(answer)

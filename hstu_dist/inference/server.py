@@ -183,7 +183,7 @@ class Server:
             case RequestError():
                 refusal = 422, "bad_request", error
             case OverloadedError():
-                reason = "the server stops" if self.stopping else f"{self.config.max_pending} requests wait already"
+                reason = "the server stops" if self.stopping else f"{self.batcher.pending} requests wait already"
                 refusal = 503, "overloaded", UserError(reason, "try again later, or another server")
             case LateError():
                 problem = f"no answer within {self.config.timeout_seconds:g} s"
