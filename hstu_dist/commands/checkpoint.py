@@ -11,6 +11,7 @@ from rich.filesize import decimal
 
 from hstu_dist.checkpoint.manifest import check_file, read_manifest, step_of
 from hstu_dist.config import load
+from hstu_dist.distributed.config import ITEM
 from hstu_dist.errors import UserError
 from hstu_dist.run_folder import RunFolder
 
@@ -37,6 +38,9 @@ def inspect(path: Path, say: Callable[[str], None]) -> None:
     size = sum(file.bytes for file in manifest.files.values())
     say(f"checkpoint {folder}: {position}")
     say(f"written by {manifest.world_size} ranks in {len(manifest.files)} files, {decimal(size)}")
+    for name, table in state.get("tables", {}).items():
+        optimizer = ", ".join(f"{key} {value}" for key, value in table["optimizer"].items() if value is not None)
+        say(f"table {name}: {table['rows']:,} rows x {table['width']}, {table['dtype']}; optimizer: {optimizer}")
     rows = [("tensor", "dtype", "shape", "parts", "bytes")]
     for name, record in sorted(manifest.tensors.items()):
         count = prod(record.shape) * _BITS[record.dtype] // 8
@@ -71,9 +75,9 @@ def verify(path: Path, say: Callable[[str], None]) -> None:
 def export(path: Path, output: Path, say: Callable[[str], None]) -> None:
     """Writes table and tower of a checkpoint as one safetensors file; all of it passes through memory.
 
-    `item_table.weight` has a row for each item, in the order of the prepared data's items; the tower's tensors keep
-    their names, after `tower.`. A moving average of the weights, where the run
-    has one, takes their place. State of optimizers stays behind.
+    `item_table.weight` has a row for each item, in the order of the prepared data's items; further tables are
+    `<name>_table.weight`, and the tower's tensors keep their names, after `tower.`. A moving average of the weights,
+    where the run has one, takes their place. State of optimizers stays behind.
 
     Args:
         path: a checkpoint, or a run, of which the newest one is meant.
@@ -91,7 +95,9 @@ def export(path: Path, output: Path, say: Callable[[str], None]) -> None:
     manifest = read_manifest(folder)
     for name, file in manifest.files.items():
         check_file(folder, name, file)
-    width = _model_width(folder)
+    tables = manifest.state.get("tables")
+    # older checkpoints do not say, and have an item table only
+    widths = {name: table["width"] for name, table in tables.items()} if tables else {ITEM: _model_width(folder)}
     weights = {}
     averaged = any(name.startswith(_AVERAGE) for name in manifest.tensors)
     for stored, record in manifest.tensors.items():
@@ -99,8 +105,9 @@ def export(path: Path, output: Path, say: Callable[[str], None]) -> None:
             continue
         name = stored.removeprefix(_AVERAGE)
         if name.startswith(_TABLE):
+            table = name.split(".")[-2]
             # stored rows are padded to a width that the kernels like
-            weights["item_table.weight"] = read_whole(folder, record)[:, :width]
+            weights[f"{table}_table.weight"] = read_whole(folder, record)[:, : widths[table]]
         elif name.startswith(_TOWER):
             weights[name] = read_whole(folder, record)
     try:

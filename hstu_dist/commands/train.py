@@ -15,6 +15,7 @@ from hstu_dist.checkpoint.manager import CheckpointManager
 from hstu_dist.commands.embedding_table import embedding_table
 from hstu_dist.commands.result_table import finished_report, result_table
 from hstu_dist.commands.session import Session
+from hstu_dist.commands.sessions import open_session
 from hstu_dist.config import RunConfig, to_dict
 from hstu_dist.data.split import Split
 from hstu_dist.distributed.agreement import check_machines_agree
@@ -76,7 +77,7 @@ def _locked(folder: RunFolder, world: World) -> Iterator[None]:
 
 
 def _run(config: RunConfig, world: World, folder: RunFolder, say: Callable[[str], None]) -> None:
-    session = Session.build(config, world)
+    session = open_session(config, world)
     settings = config.trainer.checkpoint
     checkpoints = CheckpointManager(folder.checkpoints, settings.keep, settings.asynchronous)
     state = restore(session, checkpoints)
@@ -104,6 +105,7 @@ def restore(session: Session, checkpoints: CheckpointManager) -> TrainState:
     values = checkpoints.load_newest(session.tensors())
     if values is not None:
         state.load_state_dict(values)
+    state.tables = {name: spec.describe() for name, spec in session.recommender.tables.specs.items()}
     return state
 
 
@@ -133,9 +135,7 @@ def _announce(session: Session, state: TrainState, say: Callable[[str], None]) -
 def _fit(session: Session, checkpoints: CheckpointManager, state: TrainState, folder: RunFolder) -> bool:
     """Trains to the end; False if somebody asked to stop."""
     config, world = session.config, session.world
-    step = TrainStep(
-        session.recommender, config.loss, session.optimizers, world, config.seed, config.trainer.micro_batches
-    )
+    step = TrainStep(session.objective(), session.optimizers, world, config.trainer.micro_batches)
     with contextlib.ExitStack() as stack:
         # one rank looks for the file; the ranks agree before each step
         stop_requested = stack.enter_context(stop_requests(folder.stop_file if world.is_main else None))
@@ -150,6 +150,7 @@ def _fit(session: Session, checkpoints: CheckpointManager, state: TrainState, fo
             epochs=config.trainer.epochs,
             stop_epoch=config.trainer.stop_epoch,
             world=world,
+            workload=session.workload,
             peak_flops=job_peak_flops(config.trainer.peak_flops, config.trainer.precision, world),
             hooks=[
                 LogHook(config.trainer.logging, log, session.training_flops),
@@ -188,6 +189,7 @@ def _test(session: Session, checkpoints: CheckpointManager, state: TrainState) -
         "test": session.evaluate(Split.TEST),
         "popularity": session.evaluate_popularity(Split.TEST),
         "world_size": session.world.size,
+        "dense_parameters": sum(parameter.numel() for parameter in session.recommender.tower.parameters()),
         "speed": training_averages(state, session.training_flops),
     }
     # empty if no reading was a number

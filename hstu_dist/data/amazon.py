@@ -88,12 +88,10 @@ class Amazon:
                 file.unlink(missing_ok=True)
             raise
         users, items, stars, times = (column.combine_chunks() for column in table.columns)
-        seconds = times.to_numpy()
         return EventTable(
             users=users,
             items=items,
-            order_times=seconds,
-            seconds=seconds,
+            order_times=times.to_numpy(),
             actions=stars.to_numpy().astype(np.int32),
             origin=Origin(files=(str(file),), starts=(0,)),
         )

@@ -1,13 +1,15 @@
-"""One raw column of any reasonable type as checked ids, times or actions.
+"""A piece of one raw column, of any reasonable type, as checked ids, times or actions.
 
-Text that came from CSV is typed here, on all its rows: a column is integers if every value is a plain
-integer, numbers if every value is a number, and text otherwise (so `007` and `7` stay different ids).
+Text that came from CSV is typed by all rows of its column, whose pieces are seen one after the other: a column is
+integers if every value is a plain integer, numbers if every value is a number, and text otherwise (so `007` and `7`
+stay different ids).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from enum import IntFlag
 from typing import Any, NoReturn
 
 import numpy as np
@@ -15,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hstu_dist.actions import ActionField
 from hstu_dist.data.config import TimestampUnit
 from hstu_dist.errors import UserError
 
@@ -25,21 +28,35 @@ INTEGER_TEXT = r"^(0|-?[1-9][0-9]*)$"
 NUMBER_TEXT = r"^-?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][+-]?[0-9]+)?$"
 
 
+class Reading(IntFlag):
+    """What every text of a column can be read as; of several columns or pieces, what is common (`&`)."""
+
+    TEXT = 0
+    INTEGERS = 1
+    NUMBERS = 2
+    DATES = 4
+    ZONED_DATES = 8
+    ANYTHING = 15
+
+
+_DATES = {Reading.DATES: pa.timestamp("us"), Reading.ZONED_DATES: pa.timestamp("us", "UTC")}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """A column before it is checked.
+    """A column, or some of its rows, before it is checked.
 
     Attributes:
         name: as in the file.
         values: Arrow chunked array of any type.
         locate: file and row of an index, for messages.
-        is_untyped: text of a CSV file, which may stand for numbers; text of a Parquet file stays text.
+        reading: what the texts of the whole column stand for. Text of a Parquet file stays text, unless it is times.
     """
 
     name: str
     values: pa.ChunkedArray
     locate: Callable[[int], str]
-    is_untyped: bool
+    reading: Reading = Reading.TEXT
 
     def reject(self, row: int, expected: str, remedy: str) -> NoReturn:
         """Raise the UserError that shows one value."""
@@ -59,8 +76,7 @@ def ids_of(column: Column) -> pa.Array:
     Raises:
         UserError: a missing value, a number that is not an int64, or another type.
     """
-    column = _without_nulls(column)
-    column = _typed(column) if column.is_untyped else column
+    column = _typed(_without_nulls(column))
     dtype = column.values.type
     if pa.types.is_integer(dtype):
         return _int64(column)
@@ -78,8 +94,7 @@ def actions_of(column: Column) -> npt.NDArray[np.int32]:
     Raises:
         UserError: a missing value, something that is not an integer in [0, 2^31), or another type.
     """
-    column = _without_nulls(column)
-    column = _typed(column) if column.is_untyped else column
+    column = _typed(_without_nulls(column))
     remedy = "map the actions to small integers, or leave data.action_column unset"
     if pa.types.is_floating(column.values.type):
         values = _exact_floats(column, remedy)
@@ -92,15 +107,71 @@ def actions_of(column: Column) -> npt.NDArray[np.int32]:
     return actions.astype(np.int32)
 
 
-def times_of(column: Column, unit: TimestampUnit) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-    """The times that order events, in the column's own resolution, and whole seconds >= 0, both [E].
+def packed_actions(columns: Sequence[Column], fields: Sequence[ActionField]) -> npt.NDArray[np.int32]:
+    """[E] int32, the action words of one column for each field.
+
+    Raises:
+        UserError: as `actions_of`, or a number that its field cannot hold.
+    """
+    words: npt.NDArray[np.int32] = np.zeros(len(columns[0].values), dtype=np.int32)
+    for column, field in zip(columns, fields, strict=True):
+        values = actions_of(column)
+        remedy = f"give {field.name} more bits in data.action_columns, or correct the column"
+        column.reject_any(pa.array(values > field.largest), f"a number of {field.bits} bits", remedy)
+        words |= values << field.shift
+    return words
+
+
+def reading_of(values: pa.ChunkedArray) -> Reading:
+    """What all texts of a piece of a column can be read as; anything if there are none."""
+    if pa.types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    reading = Reading.TEXT
+    if pc.all(pc.match_substring_regex(values, INTEGER_TEXT)).as_py() in (True, None):
+        reading |= Reading.INTEGERS
+    if pc.all(pc.match_substring_regex(values, NUMBER_TEXT)).as_py() in (True, None):
+        reading |= Reading.NUMBERS
+    for kind, dtype in _DATES.items():
+        try:
+            values.cast(dtype)
+        except pa.ArrowInvalid:
+            continue
+        reading |= kind
+    return reading
+
+
+def is_text(dtype: pa.DataType) -> bool:
+    """Whether values of a type may stand for numbers or dates."""
+    dtype = dtype.value_type if pa.types.is_dictionary(dtype) else dtype
+    return any(check(dtype) for check in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
+
+
+def reject_times(column: Column, first: pa.Scalar) -> None:
+    """Raise the UserError about texts that are neither all numbers nor all dates.
+
+    Args:
+        column: a piece; nothing happens if all of it is like the first value.
+        first: value of the whole column.
+    """
+    expected, remedy = "a number or a date such as 2024-01-31 12:00:00", "correct or drop such rows"
+    column = _without_nulls(column)
+    if pc.match_substring_regex(first, NUMBER_TEXT).as_py():
+        column.reject_any(pc.invert(pc.match_substring_regex(column.values, NUMBER_TEXT)), expected, remedy)
+        return
+    for row, value in enumerate(column.values):
+        try:
+            value.cast(pa.timestamp("us"))
+        except pa.ArrowInvalid:
+            column.reject(row, expected, remedy)
+
+
+def times_of(column: Column, unit: TimestampUnit) -> tuple[npt.NDArray[Any], int]:
+    """The times that order events, [E] in the column's own resolution, and how many of its units are a second.
 
     Raises:
         UserError: a missing, negative or infinite value, or another type.
     """
-    column = _typed(_without_nulls(column))
-    if pa.types.is_large_string(column.values.type):
-        column = _parse_dates(column)
+    column = _dated(_typed(_without_nulls(column)))
     dtype = column.values.type
     per_second = PER_SECOND[unit.value]
     if pa.types.is_date(dtype):
@@ -112,7 +183,8 @@ def times_of(column: Column, unit: TimestampUnit) -> tuple[npt.NDArray[Any], npt
     elif pa.types.is_integer(dtype):
         times = _int64(column).to_numpy(zero_copy_only=False)
     elif pa.types.is_floating(dtype):
-        times = _floats(column)
+        # no negative zeros, which engines might order differently
+        times = _floats(column) + 0.0
         limit = EXACT_FLOAT[dtype.bit_width]
         column.reject_any(
             pa.array(~(np.abs(times) < limit)), f"a time that {dtype} holds exactly (below {limit})", "store int64"
@@ -120,7 +192,7 @@ def times_of(column: Column, unit: TimestampUnit) -> tuple[npt.NDArray[Any], npt
     else:
         _wrong_type(column, "numbers or dates")
     column.reject_any(pa.array(times < 0), "a time since 1970", "correct or drop such rows")
-    return times, (times // per_second).astype(np.int64)
+    return times, per_second
 
 
 def _without_nulls(column: Column) -> Column:
@@ -134,11 +206,11 @@ def _without_nulls(column: Column) -> Column:
 
 
 def _typed(column: Column) -> Column:
-    """Text as integers or floats where every value is one."""
-    values = column.values
+    """Text as what it stands for."""
+    values, reading = column.values, column.reading
     if not pa.types.is_large_string(values.type):
         return column
-    if pc.all(pc.match_substring_regex(values, INTEGER_TEXT)).as_py():
+    if Reading.INTEGERS in reading:
         try:
             return replace(column, values=values.cast(pa.int64()))
         except pa.ArrowInvalid:
@@ -147,8 +219,15 @@ def _typed(column: Column) -> Column:
             limit = pc.if_else(pc.starts_with(values, "-"), str(2**63).zfill(32), str(2**63 - 1).zfill(32))
             remedy = "correct it, or store such ids as text in Parquet"
             column.reject_any(pc.greater(digits, limit), "a number that fits int64", remedy)
-    if pc.all(pc.match_substring_regex(values, NUMBER_TEXT)).as_py():
+    if Reading.NUMBERS in reading:
         return replace(column, values=values.cast(pa.float64()))
+    return column
+
+
+def _dated(column: Column) -> Column:
+    for kind, dtype in _DATES.items():
+        if kind in column.reading:
+            return replace(column, values=column.values.cast(dtype))
     return column
 
 
@@ -175,24 +254,6 @@ def _exact_floats(column: Column, remedy: str) -> pa.Array:
 def _floats(column: Column) -> npt.NDArray[np.float64]:
     values: npt.NDArray[np.float64] = _flat(column.values.cast(pa.float64())).to_numpy(zero_copy_only=False)
     return values
-
-
-def _parse_dates(column: Column) -> Column:
-    for dtype in (pa.timestamp("us"), pa.timestamp("us", "UTC")):
-        try:
-            return replace(column, values=column.values.cast(dtype))
-        except pa.ArrowInvalid:
-            continue
-    expected, remedy = "a number or a date such as 2024-01-31 12:00:00", "correct or drop such rows"
-    numbers = pc.match_substring_regex(column.values, NUMBER_TEXT)
-    if numbers[0].as_py():
-        column.reject_any(pc.invert(numbers), expected, remedy)
-    for row, value in enumerate(column.values):
-        try:
-            value.cast(pa.timestamp("us"))
-        except pa.ArrowInvalid:
-            column.reject(row, expected, remedy)
-    raise AssertionError("a column that does not parse has a value that does not parse")
 
 
 def _wrong_type(column: Column, expected: str, remedy: str = "convert the column") -> NoReturn:

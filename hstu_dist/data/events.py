@@ -1,39 +1,62 @@
-"""Anyone's event log, CSV or Parquet, as one checked columnar table; nothing is silently changed."""
+"""Anyone's event log, CSV or Parquet, as checked columnar tables of bounded size; nothing is silently changed."""
 
 from __future__ import annotations
 
 import bisect
-import glob
 import logging
-import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
+from operator import and_
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
+from pyarrow import fs
 
-from hstu_dist.data.columns import Column, actions_of, ids_of, times_of
-from hstu_dist.data.config import EventsConfig
-from hstu_dist.data.schema import file_hash
+from hstu_dist.actions import action_fields
+from hstu_dist.data.columns import (
+    Column,
+    Reading,
+    actions_of,
+    ids_of,
+    is_text,
+    packed_actions,
+    reading_of,
+    reject_times,
+    times_of,
+)
+from hstu_dist.data.config import Duplicates, EventsConfig
+from hstu_dist.data.log_files import LogFile, find_files, fingerprints, is_hash
 from hstu_dist.errors import UserError
+from hstu_dist.files import is_disk_full
 
-CSV_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
-PARQUET_SUFFIXES = (".parquet",)
 # a missing value in a CSV file; a quoted one is taken as text
 NULL_TEXTS = ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "None")
 # the year 2286; milliseconds of any date after April 1970 are beyond it
 LATEST_PLAUSIBLE_SECOND = 10**10
+ROWS_AT_ONCE = 1 << 20
+_READ_AHEAD_BYTES = 8 << 20
+_SAMPLED_ROW_GROUPS = 16
+_SAMPLED_USERS = 1 << 20
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where the rows of a table came from, for messages."""
+    """Where the rows of a log came from, for messages.
+
+    Attributes:
+        files: in reading order.
+        starts: first row of every file.
+    """
 
     files: tuple[str, ...]
     starts: tuple[int, ...]
@@ -44,6 +67,27 @@ class Origin:
         return f"{self.files[index]} row {row - self.starts[index] + 1}"
 
 
+class Events(Protocol):
+    """A checked log, read as often as need be.
+
+    Attributes:
+        num_events: of all batches.
+        origin: of every row.
+    """
+
+    @property
+    def num_events(self) -> int: ...  # noqa: D102
+
+    @property
+    def origin(self) -> Origin: ...  # noqa: D102
+
+    def batches(self) -> Iterator[EventTable]:
+        """All events, in order, in pieces."""
+
+    def sample_users(self) -> pa.Array:
+        """Raw user ids of some events, from all over the log."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EventTable:
     """E events in their original order, every value checked.
@@ -51,18 +95,39 @@ class EventTable:
     Attributes:
         users: [E] Arrow int64 or large_string, raw ids.
         items: [E] Arrow int64 or large_string, raw ids.
-        order_times: [E] int64 or float64 in the source's own unit, the full resolution that orders events.
-        seconds: [E] int64 >= 0, what is stored.
+        order_times: [E] int64 or float64 >= 0 in the source's own unit, the full resolution that orders events.
+        per_second: units of time that are a second.
         actions: [E] int32 >= 0.
-        origin: which row of which file each event is.
+        origin: of the rows of the whole log.
+        first_row: of this table within the log.
     """
 
     users: pa.Array
     items: pa.Array
     order_times: npt.NDArray[Any]
-    seconds: npt.NDArray[np.int64]
+    per_second: int = 1
     actions: npt.NDArray[np.int32]
     origin: Origin
+    first_row: int = 0
+
+    @property
+    def seconds(self) -> npt.NDArray[np.int64]:
+        """[E] what is stored of the times."""
+        return (self.order_times // self.per_second).astype(np.int64)
+
+    @property
+    def num_events(self) -> int:
+        """E."""
+        return len(self.actions)
+
+    def batches(self) -> Iterator[EventTable]:
+        """The table itself."""
+        yield self
+
+    def sample_users(self) -> pa.Array:
+        """Every user or, of many events, those of some."""
+        step = max(1, self.num_events // _SAMPLED_USERS)
+        return self.users.take(pa.array(np.arange(0, self.num_events, step)))
 
 
 class EventLog:
@@ -76,103 +141,229 @@ class EventLog:
         self.config = config
         if config.input is None:
             raise UserError("data.input: missing", "pass data.input=FILE (a CSV or Parquet file, a folder or a glob)")
-        self.files = _find_files(config.input)
+        self.files = find_files(config.input)
+        self._fingerprints: dict[str, str] = {}
 
     def fingerprint(self) -> dict[str, str]:
         """Hash of every file by its name, in reading order."""
-        base = os.path.commonpath([file.parent for file in self.files])
-        try:
-            return {os.path.relpath(file, base): file_hash(file) for file in self.files}
-        except OSError as error:
-            raise UserError(f"data.input: cannot be read ({error})", "check the file and its permissions") from error
+        self._fingerprints = self._fingerprints or fingerprints(self.files)
+        return self._fingerprints
 
-    def read(self) -> EventTable:
-        """Read and check every event.
+    def open(self, scratch: Path) -> OpenLog:
+        """Check everything that needs no values: columns, types, formats.
+
+        Args:
+            scratch: an empty folder; CSV files are copied into it as columns of text.
 
         Raises:
-            UserError: names the file, row, column and value that cannot be used.
+            UserError: names the file and column that cannot be used, or there are no events.
         """
         config = self.config
         names = [config.user_column, config.item_column, config.timestamp_column]
-        names += [config.action_column] if config.action_column is not None else []
-        tables = [_read_file(file, names) for file in self.files]
-        _check_same_types(self.files, tables)
-        starts = np.cumsum([0, *(table.num_rows for table in tables)])
-        origin = Origin(files=tuple(str(file) for file in self.files), starts=tuple(starts[:-1].tolist()))
-        if starts[-1] == 0:
+        names += [config.action_column] if config.action_column is not None else [*config.action_columns]
+        tables = column_tables(self.files, names, scratch)
+        log = OpenLog(config=config, tables=tables)
+        if log.num_events == 0:
             raise UserError(f"{config.input}: has no events", "check data.input")
-        table = pa.concat_tables(tables)
-        is_csv = not _is_parquet(self.files[0])
-        columns = {
-            name: Column(name=name, values=table[name], locate=origin.locate, is_untyped=is_csv) for name in names
-        }
-        order_times, seconds = times_of(columns[config.timestamp_column], config.timestamp_unit)
-        if seconds.max() > LATEST_PLAUSIBLE_SECOND:
-            latest = f"{seconds.max():,} s since 1970"
-            _log.warning("%s: latest time is %s; is data.timestamp_unit right?", config.timestamp_column, latest)
-        return EventTable(
-            users=ids_of(columns[config.user_column]),
-            items=ids_of(columns[config.item_column]),
-            order_times=order_times,
-            seconds=seconds,
-            actions=(
-                np.zeros(len(seconds), dtype=np.int32)
-                if config.action_column is None
-                else actions_of(columns[config.action_column])
-            ),
-            origin=origin,
-        )
+        self._check_copies(tables)
+        log.settle_readings()
+        return log
+
+    def _check_copies(self, tables: Sequence[ColumnTable]) -> None:
+        """All events of a file that is there twice would be repeats."""
+        first: dict[str, ColumnTable] = {}
+        for table, content in zip(tables, self.fingerprint().values(), strict=True):
+            if is_hash(content) and table.num_rows and first.setdefault(content, table) is not table:
+                problem = f"{table.file.shown}: has the same content as {first[content].file.shown}"
+                if self.config.duplicates is Duplicates.ERROR:
+                    raise UserError(problem, "remove one of them, or pass data.duplicates=drop or data.duplicates=keep")
+                _log.warning("%s (data.duplicates=%s)", problem, self.config.duplicates.value)
 
 
-def _find_files(pattern: str) -> list[Path]:
-    root = Path(pattern)
-    if root.is_file():
-        found = [root]
-    elif root.is_dir():
-        found = sorted(p for p in root.rglob("*") if p.is_file() and not p.name.startswith((".", "_")) and _known(p))
-    else:
-        found = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
-    if not found:
-        kind = "folder without CSV or Parquet files" if root.is_dir() else "no such file"
-        raise UserError(f"data.input: got {pattern}: {kind}", "pass data.input=FILE (a CSV or Parquet file, ...)")
-    for file in found:
-        if not _known(file):
-            raise UserError(
-                f"data.input: got {file}, expected one of {', '.join(CSV_SUFFIXES + PARQUET_SUFFIXES)}",
-                "convert or rename the file",
+@dataclass(frozen=True, kw_only=True)
+class ColumnTable:
+    """The wanted columns of one file of a log, in Parquet.
+
+    Attributes:
+        file: of the log.
+        filesystem: of the Parquet file, which is the log's own or a copy of its text.
+        path: of that file.
+        schema: of the wanted columns.
+        num_rows: all of them.
+    """
+
+    file: LogFile
+    filesystem: fs.FileSystem
+    path: str
+    schema: pa.Schema
+    num_rows: int
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """All rows, in order."""
+        with _errors_of(self.file), _parquet(self.filesystem, self.path) as parquet:
+            for batch in parquet.iter_batches(batch_size=ROWS_AT_ONCE, columns=self.schema.names):
+                yield batch.select(self.schema.names)
+
+    def some(self, name: str, row_groups: int) -> Iterator[pa.RecordBatch]:
+        """A column of at most so many row groups, evenly spread."""
+        with _errors_of(self.file), _parquet(self.filesystem, self.path) as parquet:
+            count = parquet.num_row_groups
+            chosen = sorted({index * count // row_groups for index in range(row_groups)}) if count else []
+            yield from parquet.iter_batches(batch_size=ROWS_AT_ONCE, columns=[name], row_groups=chosen)
+
+
+class OpenLog:
+    """A log whose columns and types are known to be sound; values are checked as they are read."""
+
+    def __init__(self, *, config: EventsConfig, tables: Sequence[ColumnTable]) -> None:
+        self.config = config
+        self.tables = tables
+        starts = np.cumsum([0, *(table.num_rows for table in tables)]).tolist()
+        self.num_events = int(starts.pop())
+        self.origin = Origin(files=tuple(table.file.shown for table in tables), starts=tuple(starts))
+        self._readings: dict[str, Reading] = {}
+
+    def settle_readings(self) -> None:
+        """Read columns of text once, to know what all of their values stand for.
+
+        Raises:
+            UserError: times that are neither numbers nor dates.
+        """
+        first = self.tables[0]
+        texts = {field.name for field in first.schema if is_text(field.type)}
+        texts = {name for name in texts if not first.file.is_parquet or name == self.config.timestamp_column}
+        for name in sorted(texts):
+            pieces = (column.values for column in self._columns(name))
+            self._readings[name] = reduce(and_, map(reading_of, pieces), Reading.ANYTHING)
+            if name == self.config.timestamp_column and self._readings[name] is Reading.TEXT:
+                self._reject_times(name)
+
+    def batches(self) -> Iterator[EventTable]:
+        """Every event, checked.
+
+        Raises:
+            UserError: names the file, row, column and value that cannot be used, or a file that changed meanwhile.
+        """
+        config, plausible = self.config, True
+        for start, batch in self._batches():
+            columns = {name: self._column(start, name, batch.column(name)) for name in batch.schema.names}
+            times, per_second = times_of(columns[config.timestamp_column], config.timestamp_unit)
+            latest = times.max(initial=0) // per_second
+            if plausible and latest > LATEST_PLAUSIBLE_SECOND:
+                shown = f"{int(latest):,} s since 1970"
+                _log.warning("%s: a time is %s; is data.timestamp_unit right?", config.timestamp_column, shown)
+                plausible = False
+            yield EventTable(
+                users=ids_of(columns[config.user_column]),
+                items=ids_of(columns[config.item_column]),
+                order_times=times,
+                per_second=per_second,
+                actions=self._actions(columns, len(times)),
+                origin=self.origin,
+                first_row=start,
             )
-    return found
+        for table in self.tables:
+            table.file.check_unchanged()
+
+    def sample_users(self) -> pa.Array:
+        """Users of a few row groups of every file, or of some files if there are many."""
+        step = -(-len(self.tables) // _SAMPLED_ROW_GROUPS)
+        tables = self.tables[::step]
+        groups = max(1, _SAMPLED_ROW_GROUPS // len(tables))
+        name = self.config.user_column
+        every = max(1, sum(table.num_rows for table in tables) // _SAMPLED_USERS)
+        pieces = []
+        try:
+            for table in tables:
+                for batch in table.some(name, groups):
+                    rows = pa.array(np.arange(0, len(batch), every))
+                    pieces.append(ids_of(self._column(0, name, batch.column(0).take(rows))))
+        except UserError:
+            # a sample does not know its place: reading in order finds the first value that is wrong
+            deque(self.batches(), maxlen=0)
+            raise
+        return pa.concat_arrays(pieces)
+
+    def _actions(self, columns: Mapping[str, Column], count: int) -> npt.NDArray[np.int32]:
+        config = self.config
+        if config.action_column is not None:
+            return actions_of(columns[config.action_column])
+        if config.action_columns:
+            return packed_actions([columns[n] for n in config.action_columns], action_fields(config.action_columns))
+        return np.zeros(count, dtype=np.int32)
+
+    def _batches(self) -> Iterator[tuple[int, pa.RecordBatch]]:
+        start = 0
+        for table in self.tables:
+            for batch in table.batches():
+                yield start, batch
+                start += len(batch)
+
+    def _columns(self, name: str) -> Iterator[Column]:
+        return (self._column(start, name, batch.column(name)) for start, batch in self._batches())
+
+    def _column(self, start: int, name: str, values: pa.Array) -> Column:
+        locate: Callable[[int], str] = lambda row: self.origin.locate(start + row)  # noqa: E731
+        reading = self._readings.get(name, Reading.TEXT)
+        return Column(name=name, values=pa.chunked_array([values]), locate=locate, reading=reading)
+
+    def _reject_times(self, name: str) -> None:
+        first = None
+        for column in self._columns(name):
+            first = column.values[0] if first is None and len(column.values) else first
+            reject_times(column, first)
 
 
-def _is_parquet(file: Path) -> bool:
-    return file.name.lower().endswith(PARQUET_SUFFIXES)
+def column_tables(files: Sequence[LogFile], names: list[str], scratch: Path) -> list[ColumnTable]:
+    """The named columns of files of one format and the same types.
+
+    Args:
+        files: CSV or Parquet.
+        names: of the columns.
+        scratch: an empty folder; CSV files are copied into it as columns of text.
+
+    Raises:
+        UserError: names the file and column that cannot be used.
+    """
+    tables = [_column_table(file, names, scratch / f"{index}.parquet") for index, file in enumerate(files)]
+    _check_same_types(tables)
+    return tables
 
 
-def _known(file: Path) -> bool:
-    return file.name.lower().endswith(CSV_SUFFIXES + PARQUET_SUFFIXES)
+def _column_table(file: LogFile, names: list[str], copy: Path) -> ColumnTable:
+    with _errors_of(file):
+        if file.size == 0:
+            raise UserError(f"{file.shown}: is empty", "check data.input")
+        if not file.is_parquet:
+            _copy_csv(file, names, copy)
+        where = (file.filesystem, file.path) if file.is_parquet else (fs.LocalFileSystem(), str(copy))
+        with _parquet(*where) as parquet:
+            schema = parquet.schema_arrow
+            _check_columns(file, schema.names, names)
+            schema = pa.schema([schema.field(name) for name in names])
+            return ColumnTable(
+                file=file, filesystem=where[0], path=where[1], schema=schema, num_rows=parquet.metadata.num_rows
+            )
 
 
-def _read_file(file: Path, names: list[str]) -> pa.Table:
-    """The named columns of one file; of a CSV file as text."""
-    try:
-        if file.stat().st_size == 0:
-            raise UserError(f"{file}: is empty", "check data.input")
-        if _is_parquet(file):
-            with pq.ParquetFile(file) as parquet:
-                _check_columns(file, parquet.schema_arrow.names, names)
-                return parquet.read(columns=names).select(names)
-        return _read_csv(file, names)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(
-            f"{file}: cannot be read ({str(error)[:300]})", "check that the file is complete and of its format"
-        ) from error
+@contextmanager
+def _parquet(filesystem: fs.FileSystem, path: str) -> Iterator[pq.ParquetFile]:
+    # buffered, so that a row group of any size does not have to fit into memory
+    with (
+        filesystem.open_input_file(path) as stream,
+        pq.ParquetFile(stream, buffer_size=_READ_AHEAD_BYTES, pre_buffer=False) as parquet,
+    ):
+        yield parquet
 
 
-def _read_csv(file: Path, names: list[str]) -> pa.Table:
-    parse = pa_csv.ParseOptions(delimiter="\t" if ".tsv" in file.name.lower() else ",")
-    with pa_csv.open_csv(file, parse_options=parse) as reader:
+def _copy_csv(file: LogFile, names: list[str], copy: Path) -> None:
+    """The named columns of a CSV file as a Parquet file of texts.
+
+    As text, because a type guessed from the first rows could round ids or fail on a later row.
+    """
+    parse = pa_csv.ParseOptions(delimiter="\t" if ".tsv" in file.path.lower() else ",")
+    with file.filesystem.open_input_stream(file.path) as stream, pa_csv.open_csv(stream, parse_options=parse) as reader:
         _check_columns(file, reader.schema.names, names)
-    # as text: a type guessed from the first rows could round ids or fail on a later row
     convert = pa_csv.ConvertOptions(
         include_columns=names,
         column_types={name: pa.string() for name in names},
@@ -180,26 +371,45 @@ def _read_csv(file: Path, names: list[str]) -> pa.Table:
         strings_can_be_null=True,
         quoted_strings_can_be_null=False,
     )
-    return pa_csv.read_csv(file, parse_options=parse, convert_options=convert)
+    schema = pa.schema([(name, pa.string()) for name in names])
+    read = pa_csv.ReadOptions(block_size=_READ_AHEAD_BYTES)
+    with (
+        file.filesystem.open_input_stream(file.path) as stream,
+        pa_csv.open_csv(stream, read_options=read, parse_options=parse, convert_options=convert) as reader,
+        pq.ParquetWriter(copy, schema, compression="zstd") as writer,
+    ):
+        for batch in reader:
+            writer.write_batch(batch)
 
 
-def _check_columns(file: Path, existing: list[str], wanted: list[str]) -> None:
+@contextmanager
+def _errors_of(file: LogFile) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        if is_disk_full(error):
+            raise
+        raise UserError(
+            f"{file.shown}: cannot be read ({str(error)[:300]})", "check that the file is complete and of its format"
+        ) from error
+
+
+def _check_columns(file: LogFile, existing: list[str], wanted: list[str]) -> None:
     for name in wanted:
         if existing.count(name) != 1:
             how = "is missing" if name not in existing else "is there more than once"
             raise UserError(
-                f"{file}: column '{name}' {how}, the file has {', '.join(existing)}",
-                "set data.user_column, data.item_column, data.timestamp_column and data.action_column",
+                f"{file.shown}: column '{name}' {how}, the file has {', '.join(existing)}",
+                "set data.user_column, data.item_column, data.timestamp_column and data.action_column(s)",
             )
 
 
-def _check_same_types(files: list[Path], tables: list[pa.Table]) -> None:
-    for file, table in zip(files[1:], tables[1:], strict=True):
-        if _is_parquet(file) != _is_parquet(files[0]):
-            raise UserError(f"{file}: got another format than {files[0]}", "pass files of one format")
+def _check_same_types(tables: Sequence[ColumnTable]) -> None:
+    for table in tables[1:]:
         for field, first in zip(table.schema, tables[0].schema, strict=True):
             if field.type != first.type:
                 raise UserError(
-                    f"{file}: column '{field.name}' is {field.type}, expected {first.type} as in {files[0]}",
+                    f"{table.file.shown}: column '{field.name}' is {field.type}, expected {first.type} as in "
+                    f"{tables[0].file.shown}",
                     "give all files of an input the same format and types",
                 )

@@ -17,8 +17,10 @@ from hstu_dist.data.balance import Imbalance
 from hstu_dist.data.config import LoaderConfig
 from hstu_dist.data.dataset import Ints, SequenceDataset
 from hstu_dist.data.epoch import EpochLayout, EpochPlanner
-from hstu_dist.data.split import Split, part_lengths, split_rows
+from hstu_dist.data.split import Split, part_lengths, split_rows, time_rows
 from hstu_dist.data.stochastic_length import History, spans
+
+_SEQUENCES_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +46,23 @@ class BatchLoader:
     epoch, on exactly one rank. The last global batch may be smaller, and a rank's share of any batch empty.
     """
 
-    def __init__(self, dataset: SequenceDataset, config: LoaderConfig, shard: Shard | None = None) -> None:
+    def __init__(
+        self,
+        dataset: SequenceDataset,
+        config: LoaderConfig,
+        shard: Shard | None = None,
+        contextual: Ints | None = None,
+    ) -> None:
+        """Lays the split out; `contextual` [S, C] int64, if given, has the codes of every user's features."""
         self.dataset = dataset
         self.config = config
         self.shard = shard or Shard()
-        self._rows = split_rows(dataset.lengths, config.split, config.max_length)
+        self.contextual = contextual
+        if config.moments is None:
+            self._rows = split_rows(dataset.lengths, config.split, config.max_length)
+        else:
+            where = dataset.offsets, dataset.timestamps
+            self._rows = time_rows(*where, config.moments, config.split, config.max_length)
         self._planner = EpochPlanner(self._rows, config)
         self._latest: EpochLayout | None = None
 
@@ -93,25 +107,26 @@ class BatchLoader:
     def _gather(self, layout: EpochLayout, rows: Ints) -> JaggedBatch:
         data = self.dataset
         sequences, kept = self._rows.sequences[rows], layout.lengths[rows]
-        history = History(
-            sequences=sequences,
-            firsts=data.offsets[sequences] + layout.starts[rows],
-            lengths=self._rows.lengths[rows],
-            kept=kept,
-        )
+        # every history with the last target, which follows it; by time, the last input stands for itself
+        ahead = 1 if self.config.moments is None else 0
+        sizes = self._rows.lengths[rows] + ahead
+        read = data.read(data.offsets[sequences] + layout.starts[rows], sizes)
+        ends = np.cumsum(sizes)
+        history = History(sequences=sequences, firsts=ends - sizes, lengths=sizes - ahead, kept=kept)
         law = self._planner.stochastic_length
-        inputs = spans(history.firsts, kept) if law is None else law.events(history, data.timestamps, layout.epoch)
+        inputs = spans(history.firsts, kept) if law is None else law.events(history, read.timestamps, layout.epoch)
         offsets = np.concatenate(([0], np.cumsum(kept)))
-        lasts = offsets[1:] - 1, history.firsts + history.lengths
-        items, times = data.item_ids[inputs], data.timestamps[inputs]
+        lasts = offsets[1:] - 1, ends - 1
+        items, times = read.item_ids[inputs], read.timestamps[inputs]
         return JaggedBatch(
             offsets=torch.from_numpy(offsets),
             item_ids=torch.from_numpy(items),
             timestamps=torch.from_numpy(times),
-            actions=torch.from_numpy(data.actions[inputs]),
-            target_ids=torch.from_numpy(_following(items, lasts, data.item_ids)),
-            query_times=torch.from_numpy(_following(times, lasts, data.timestamps)),
+            actions=torch.from_numpy(read.actions[inputs]),
+            target_ids=torch.from_numpy(_following(items, lasts, read.item_ids)),
+            query_times=torch.from_numpy(_following(times, lasts, read.timestamps)),
             row_ids=torch.from_numpy(sequences),
+            contextual=None if self.contextual is None else torch.from_numpy(self.contextual[sequences]),
         )
 
 
@@ -120,8 +135,8 @@ def _following(values: Ints, lasts: tuple[Ints, Ints], column: Ints) -> Ints:
 
     Args:
         values: [T] of the inputs.
-        lasts: [B] places of the last inputs, and [B] events of the data set that follow them.
-        column: [E] of the data set.
+        lasts: [B] places of the last inputs, and [B] events that follow them.
+        column: [E] of the events that were read.
     """
     following = np.empty_like(values)
     following[:-1] = values[1:]
@@ -142,7 +157,11 @@ def popularity(dataset: SequenceDataset, split: Split = Split.TRAIN) -> torch.Te
     """
     if split not in (Split.TRAIN, Split.TRAIN_VALIDATION):
         raise ValueError(f"split: got {split}, expected train or train_validation")
-    ends = part_lengths(dataset.lengths, split)
-    position = np.arange(len(dataset.item_ids)) - np.repeat(dataset.offsets[:-1], dataset.lengths)
-    seen = dataset.item_ids[position < np.repeat(ends, dataset.lengths)]
-    return torch.from_numpy(np.bincount(seen, minlength=dataset.num_items))
+    counts = np.zeros(dataset.num_items, dtype=np.int64)
+    for first in range(0, dataset.num_sequences, _SEQUENCES_AT_ONCE):
+        offsets = dataset.offsets[first : first + _SEQUENCES_AT_ONCE + 1]
+        ends = part_lengths(np.diff(offsets), split)
+        events = spans(offsets[:-1], ends)
+        counts += np.bincount(dataset.item_ids[events], minlength=dataset.num_items)
+        dataset.forget_pages()
+    return torch.from_numpy(counts)

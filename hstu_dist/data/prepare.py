@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import hstu_dist
 from hstu_dist.data.amazon import Amazon
 from hstu_dist.data.config import (
     AmazonConfig,
@@ -15,38 +17,54 @@ from hstu_dist.data.config import (
     Duplicates,
     EventsConfig,
     MovieLensConfig,
+    PreparationConfig,
     SyntheticZipfConfig,
 )
-from hstu_dist.data.events import EventLog, EventTable
-from hstu_dist.data.schema import DATA_FILES, FORMAT_VERSION, MANIFEST_FILE, Manifest, file_hash, load_manifest
-from hstu_dist.data.sequences import Cleaning, Sequences, build_sequences
+from hstu_dist.data.engine import Engine
+from hstu_dist.data.events import EventLog, Origin
+from hstu_dist.data.flat_columns import write_index
+from hstu_dist.data.schema import (
+    CONTEXT_FILE,
+    ITEMS_FILE,
+    MANIFEST_FILE,
+    USERS_FILE,
+    Manifest,
+    file_hash,
+    load_manifest,
+)
+from hstu_dist.data.sequences import Cleaning, Log, build_sequences
 from hstu_dist.data.sources import MovieLens
+from hstu_dist.data.staging import Staged, engine_memory, stage
+from hstu_dist.data.statistics import describe
 from hstu_dist.data.synthetic import SyntheticZipf
-from hstu_dist.data.writer import exclusive, replacing, write_sequences, write_text
+from hstu_dist.data.user_features import UserFeatures, features_fingerprint
+from hstu_dist.data.workspace import Workspace, workspace
+from hstu_dist.data.writer import exclusive, link, os_errors_of, replacing, write_sequences
 from hstu_dist.errors import UserError
+from hstu_dist.files import write_atomically
+from hstu_dist.machine import memory_per_rank
 
 # settings that say where things are and how they are read, not what is in the data set
-_NOT_CONTENT = {"kind", "path", "max_length", "stochastic_length", "input", "archive", "source"}
+_NOT_CONTENT = {"kind", "path", "max_length", "window", "stochastic_length", "input", "archive", "source"}
+# what the manifest says in fields of its own
+_APART = {"action_columns", "user_features", "contextual_columns"}
 
 _log = logging.getLogger(__name__)
 
 
-class Source(Protocol):
-    """Where events come from."""
-
-    def fingerprint(self) -> dict[str, str]:
-        """Hash of every input by name; fetches nothing whose hash is known."""
-
-    def read(self) -> EventTable | Sequences:
-        """All events, checked, or finished sequences."""
+EventSource = MovieLens | Amazon | EventLog
 
 
-def prepare(config: DataSetConfig) -> Manifest:
+def prepare(config: DataSetConfig, how: PreparationConfig | None = None) -> Manifest:
     """Bring the data set at `config.path` up to date with the configuration and its source.
 
     A second call with the same settings and the same input changes nothing. Several processes may call it at
-    once: one works, the others wait. A data set at `config.path` is left alone until all events
-    are read and checked.
+    once: one works, the others wait. A data set at `config.path` is left alone until the new one is complete; a call
+    after one that was killed goes on with the steps that were not finished.
+
+    Args:
+        config: the data set.
+        how: engine and memory; they do not change the result.
 
     Returns:
         The manifest of the data set.
@@ -57,26 +75,86 @@ def prepare(config: DataSetConfig) -> Manifest:
     # resolved, so that a linked folder is replaced where it really is
     target = Path(config.path).resolve()
     source = _source(config)
-    recipe = {name: value for name, value in asdict(config).items() if name not in _NOT_CONTENT}
-    made_from: dict[str, Any] = {"name": config.kind, "recipe": recipe, "sources": source.fingerprint()}
-    if manifest := _up_to_date(target, made_from):
+    made_from = _made_from(config, source)
+    root = target.parent / f".{target.name}.work"
+    # killed at the very end, a run leaves a complete data set and its workspace
+    if not root.exists() and (manifest := _up_to_date(target, made_from)):
         _log.info("%s: up to date (%s)", target, _summary(manifest))
         return manifest
     with exclusive(target):
         if manifest := _up_to_date(target, made_from):
+            shutil.rmtree(root, ignore_errors=True)
             _log.info("%s: prepared by another process (%s)", target, _summary(manifest))
             return manifest
-        found = source.read()
-        sequences = found if isinstance(found, Sequences) else build_sequences(found, _cleaning(config))
-        with replacing(target) as folder:
-            write_sequences(folder, sequences)
-            manifest = _describe(folder, sequences, made_from)
-            write_text(folder / MANIFEST_FILE, manifest.to_json())
+        if isinstance(source, SyntheticZipf):
+            with replacing(target) as folder:
+                write_sequences(folder, source.read())
+                manifest = _finish(folder, made_from)
+        else:
+            with os_errors_of(target), workspace(root, made_from) as work:
+                features = _features(config, work)
+                results = _events_to_sequences(source, _cleaning(config), how or PreparationConfig(), work)
+                with replacing(target) as folder:
+                    for result in results:
+                        link(result, folder / result.name)
+                    if features is not None:
+                        features.write(folder)
+                    manifest = _finish(folder, made_from)
     _log.info("%s: prepared (%s)", target, _summary(manifest))
     return manifest
 
 
-def _source(config: DataSetConfig) -> Source:
+def _made_from(config: DataSetConfig, source: EventSource | SyntheticZipf) -> dict[str, Any]:
+    """What of the manifest is known before anything is read."""
+    recipe = {name: value for name, value in asdict(config).items() if name not in _NOT_CONTENT | _APART}
+    made_from: dict[str, Any] = {"name": config.kind, "recipe": recipe, "sources": source.fingerprint()}
+    if isinstance(config, EventsConfig):
+        made_from["sources"] |= features_fingerprint(config)
+        made_from |= {"action_fields": dict(config.action_columns), "contextual": tuple(config.contextual_columns)}
+    return made_from
+
+
+def _features(config: DataSetConfig, work: Workspace) -> UserFeatures | None:
+    if not isinstance(config, EventsConfig):
+        return None
+    with work.scratch("features") as scratch:
+        return UserFeatures.read(config, scratch)
+
+
+def _events_to_sequences(
+    source: EventSource, cleaning: Cleaning, how: PreparationConfig, work: Workspace
+) -> list[Path]:
+    """The files and the folder of columns that are the data set."""
+    memory = how.memory_bytes(memory_per_rank(1))
+    folder, staged = work.step("events", lambda folder: _stage(source, folder, work, memory))
+    log = Log(folder=folder, staged=Staged(**staged["staged"]), origin=Origin(**staged["origin"]))
+    with work.scratch("engine") as scratch, _engine(how, memory, scratch) as engine:
+        return build_sequences(log, cleaning, engine, work)
+
+
+def _stage(source: EventSource, folder: Path, work: Workspace, memory: int) -> dict[str, Any]:
+    with work.scratch("text") as scratch:
+        events = source.open(scratch) if isinstance(source, EventLog) else source.read()
+        staged = stage(events, folder, memory)
+        return {"staged": asdict(staged), "origin": asdict(events.origin)}
+
+
+@contextmanager
+def _engine(how: PreparationConfig, memory: int, scratch: Path) -> Iterator[Engine]:
+    # imported here: each is a large library, and a cluster's is an extra
+    if how.engine == "spark":
+        from hstu_dist.data.spark_engine import SparkEngine
+
+        with SparkEngine() as spark:
+            yield spark
+    else:
+        from hstu_dist.data.duckdb_engine import DuckDBEngine
+
+        with DuckDBEngine(engine_memory(memory), scratch) as duckdb:
+            yield duckdb
+
+
+def _source(config: DataSetConfig) -> EventSource | SyntheticZipf:
     match config:
         case MovieLensConfig():
             return MovieLens(config)
@@ -107,28 +185,23 @@ def _up_to_date(target: Path, made_from: dict[str, Any]) -> Manifest | None:
     try:
         manifest = load_manifest(target)
         same = all(getattr(manifest, name) == value for name, value in made_from.items())
-        return manifest if same and manifest.files == _hashes(target) else None
+        return manifest if same and manifest.files == _hashes(target, manifest.files) else None
     except (UserError, OSError):
         return None
 
 
-def _describe(folder: Path, sequences: Sequences, made_from: dict[str, Any]) -> Manifest:
-    lengths = sequences.offsets[1:] - sequences.offsets[:-1]
-    return Manifest(
-        format_version=FORMAT_VERSION,
-        created_by=f"hstu_dist {hstu_dist.__version__}",
-        num_users=len(sequences.users),
-        num_items=len(sequences.items),
-        num_events=len(sequences.item_ids),
-        mean_length=round(float(lengths.mean()), 3),
-        max_length=int(lengths.max()),
-        files=_hashes(folder),
-        **made_from,
-    )
+def _finish(folder: Path, made_from: dict[str, Any]) -> Manifest:
+    """Describe a data set whose files are there."""
+    context = [CONTEXT_FILE] if (folder / CONTEXT_FILE).exists() else []
+    names = [USERS_FILE, ITEMS_FILE, *context, *sorted(file.name for file in folder.glob("sequences*.parquet"))]
+    manifest = describe(folder, _hashes(folder, names), made_from)
+    write_index(folder, manifest.sequence_files)
+    write_atomically(folder / MANIFEST_FILE, manifest.to_json().encode())
+    return manifest
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    return {name: file_hash(folder / name) for name in DATA_FILES}
+def _hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    return {name: file_hash(folder / name) for name in names}
 
 
 def _summary(manifest: Manifest) -> str:

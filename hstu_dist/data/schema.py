@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,7 +20,10 @@ MANIFEST_FILE = "dataset.json"
 SEQUENCES_FILE = "sequences.parquet"
 USERS_FILE = "users.parquet"
 ITEMS_FILE = "items.parquet"
+CONTEXT_FILE = "context.parquet"
+"""What is known of the users, a row each, raw values; only where contextual columns were prepared."""
 DATA_FILES = (SEQUENCES_FILE, USERS_FILE, ITEMS_FILE)
+LENGTHS_PLOT = "lengths"
 
 
 def _list_of(value_type: pa.DataType) -> pa.DataType:
@@ -35,6 +39,18 @@ SEQUENCE_SCHEMA = pa.schema(
     ]
 )
 """One row a user, in order of user_id = 0, 1, ...; events sorted by time, times in whole seconds."""
+
+
+def sequence_file(part: int, parts: int) -> str:
+    """Name of a file of sequences: of a small data set the only one."""
+    return SEQUENCES_FILE if parts == 1 else f"sequences-{part:05d}.parquet"
+
+
+def is_part_of_data_set(name: str) -> bool:
+    """Whether a file or folder may lie in the folder of a data set."""
+    plots = (f"{LENGTHS_PLOT}.png", f"{LENGTHS_PLOT}.svg")
+    known = (MANIFEST_FILE, USERS_FILE, ITEMS_FILE, CONTEXT_FILE, *plots)
+    return name in known or name.startswith("columns") or re.fullmatch(r"sequences(-\d{5})?\.parquet", name) is not None
 
 
 def vocabulary_schema(raw_type: pa.DataType) -> pa.Schema:
@@ -59,6 +75,9 @@ class Manifest:
         recipe: settings that shaped it.
         sources: hash of every input, in reading order.
         files: hash of every data file.
+        action_fields: what an action packs, name → bits from the lowest bit up; empty: one plain number.
+        contextual: columns of what is known of a user.
+        statistics: of sequence lengths, items and times; see docs/data.md.
     """
 
     format_version: int
@@ -72,6 +91,14 @@ class Manifest:
     recipe: dict[str, str | int | float | None]
     sources: dict[str, str]
     files: dict[str, str]
+    action_fields: dict[str, int] = Field(default_factory=dict)
+    contextual: tuple[str, ...] = ()
+    statistics: dict[str, float] = Field(default_factory=dict)
+
+    @property
+    def sequence_files(self) -> dict[str, str]:
+        """Hashes of the files of sequences, in order."""
+        return {name: value for name, value in sorted(self.files.items()) if name.startswith("sequences")}
 
     def to_json(self) -> str:
         """Readable JSON; the same manifest always gives the same text."""

@@ -90,12 +90,10 @@ class MovieLens:
             read_options=pa_csv.ReadOptions(column_names=names),
             convert_options=pa_csv.ConvertOptions(column_types={name: pa.int64() for name in names}),
         ).combine_chunks()
-        times = table["time"].to_numpy()
         return EventTable(
             users=table["user"].combine_chunks(),
             items=table["item"].combine_chunks(),
-            order_times=times,
-            seconds=times,
+            order_times=table["time"].to_numpy(),
             actions=table["rating"].to_numpy().astype(np.int32),
             origin=Origin(files=(self.release.member,), starts=(0,)),
         )

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from hstu_dist.data.config import SyntheticZipfConfig
-from hstu_dist.data.sequences import Sequences
+from hstu_dist.data.writer import Sequences
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

@@ -6,31 +6,57 @@ import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hstu_dist.data.flat_columns import FLAT_FOLDER, FlatWriter
 from hstu_dist.data.schema import (
-    DATA_FILES,
     ITEMS_FILE,
-    MANIFEST_FILE,
     SEQUENCE_SCHEMA,
     SEQUENCES_FILE,
     USERS_FILE,
+    is_part_of_data_set,
     vocabulary_schema,
 )
-from hstu_dist.data.sequences import Sequences
 from hstu_dist.errors import UserError
-from hstu_dist.files import sync
+from hstu_dist.files import is_disk_full, sync
 
-# one row group is read at once; its lists must stay below 2^31 events
-EVENTS_PER_ROW_GROUP = 4_000_000
+# one row group is in memory at once; its lists must stay below 2^31 events
+EVENTS_PER_ROW_GROUP = 1_000_000
+IDS_PER_ROW_GROUP = 1 << 20
+
+Ints = npt.NDArray[np.int64]
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequences:
+    """U sequences of E events in all, in memory, laid end to end; user u owns events offsets[u] to offsets[u+1].
+
+    Attributes:
+        users: [U] Arrow int64 or large_string, the raw id of every dense one, ascending.
+        items: [I] likewise.
+        offsets: [U+1] int64.
+        item_ids: [E] int64 in [0, I).
+        timestamps: [E] int64 seconds, ascending within a user.
+        actions: [E] int32.
+    """
+
+    users: pa.Array
+    items: pa.Array
+    offsets: Ints
+    item_ids: Ints
+    timestamps: Ints
+    actions: npt.NDArray[np.int32]
 
 
 @contextmanager
@@ -40,7 +66,7 @@ def exclusive(target: Path) -> Iterator[None]:
     Raises:
         UserError: `target` holds something that is no data set, or the folder above it cannot be written.
     """
-    with _os_errors_of(target):
+    with os_errors_of(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(_beside(target, "lock"), os.O_CREAT | os.O_RDWR, 0o666)
     try:
@@ -49,7 +75,7 @@ def exclusive(target: Path) -> Iterator[None]:
         except BlockingIOError:
             _log.info("%s: waiting for another process that prepares it", target)
             fcntl.flock(handle, fcntl.LOCK_EX)
-        with _os_errors_of(target):
+        with os_errors_of(target):
             _clean_up(target)
             _check_replaceable(target)
         yield
@@ -69,10 +95,11 @@ def replacing(target: Path) -> Iterator[Path]:
     """
     building, previous = _beside(target, "building"), _beside(target, "previous")
     try:
-        with _os_errors_of(target):
+        with os_errors_of(target):
             building.mkdir()
             yield building
-            sync(building)
+            for file in (*building.rglob("*"), building):
+                sync(file)
             if target.exists():
                 target.rename(previous)
             building.rename(target)
@@ -83,63 +110,121 @@ def replacing(target: Path) -> Iterator[Path]:
             shutil.rmtree(previous, ignore_errors=True)
 
 
+class SequenceWriter:
+    """Writes a run of consecutive sequences as row groups of a Parquet file, and to their places in flat columns."""
+
+    def __init__(self, file: Path, flat: FlatWriter, sequence: int, event: int) -> None:
+        """`sequence` and `event` number the first ones."""
+        self._parquet = _parquet_writer(file, SEQUENCE_SCHEMA)
+        self._flat = flat
+        self._sequence, self._event = sequence, event
+
+    def write(self, lengths: Ints, columns: Mapping[str, npt.NDArray[Any]]) -> None:
+        """One row group.
+
+        Args:
+            lengths: [S] events of the next sequences.
+            columns: [E] item_ids, timestamps and actions of them all.
+        """
+        self._flat.write(self._sequence, self._event, lengths, columns)
+        offsets = pa.array(np.concatenate(([0], np.cumsum(lengths))), pa.int32())
+        arrays = [pa.array(np.arange(self._sequence, self._sequence + len(lengths), dtype=np.int64))]
+        for name in SEQUENCE_SCHEMA.names[1:]:
+            arrays.append(
+                pa.ListArray.from_arrays(offsets, pa.array(columns[name]), type=SEQUENCE_SCHEMA.field(name).type)
+            )
+        self._parquet.write_table(pa.Table.from_arrays(arrays, schema=SEQUENCE_SCHEMA), row_group_size=len(lengths))
+        self._sequence += len(lengths)
+        self._event += int(offsets[-1].as_py())
+
+    def close(self) -> None:
+        """Finish the Parquet file."""
+        self._parquet.close()
+
+
+class VocabularyWriter:
+    """Writes raw ids, which come in ascending order, with their dense ids 0, 1, ... and numbers of events."""
+
+    def __init__(self, file: Path, raw_type: pa.DataType) -> None:
+        raw_type = pa.string() if pa.types.is_large_string(raw_type) else raw_type
+        self._schema = vocabulary_schema(raw_type)
+        self._parquet = _parquet_writer(file, self._schema)
+        self._waiting = self._schema.empty_table()
+        self.size = 0
+
+    def write(self, raw: pa.Array, counts: pa.Array) -> None:
+        """The next ids, any number of them: row groups do not depend on how they come."""
+        ids = pa.array(np.arange(self.size, self.size + len(raw), dtype=np.int64))
+        arrays = [ids, raw.cast(self._schema.field("raw").type), counts]
+        self._waiting = pa.concat_tables([self._waiting, pa.Table.from_arrays(arrays, schema=self._schema)])
+        self.size += len(raw)
+        while len(self._waiting) >= IDS_PER_ROW_GROUP:
+            self._write(self._waiting.slice(0, IDS_PER_ROW_GROUP))
+            self._waiting = self._waiting.slice(IDS_PER_ROW_GROUP)
+
+    def close(self) -> None:
+        """Finish the file."""
+        if len(self._waiting):
+            self._write(self._waiting)
+        self._parquet.close()
+
+    def _write(self, table: pa.Table) -> None:
+        # pages are cut where chunks end
+        self._parquet.write_table(table.combine_chunks(), row_group_size=IDS_PER_ROW_GROUP)
+
+
+def row_groups(lengths: Ints) -> Iterator[Ints]:
+    """Runs of consecutive sequences, of about EVENTS_PER_ROW_GROUP events or of a single longer sequence."""
+    ends = np.cumsum(lengths)
+    first, before = 0, 0
+    while first < len(lengths):
+        last = max(int(np.searchsorted(ends, before + EVENTS_PER_ROW_GROUP, side="right")), first + 1)
+        yield lengths[first:last]
+        first, before = last, int(ends[last - 1])
+
+
 def write_sequences(folder: Path, sequences: Sequences) -> None:
-    """Write the three data files of a data set and sync them to disk."""
-    users = np.diff(sequences.offsets)
-    items = np.bincount(sequences.item_ids, minlength=len(sequences.items))
-    _write_vocabulary(folder / USERS_FILE, sequences.users, users)
-    _write_vocabulary(folder / ITEMS_FILE, sequences.items, items)
-    with _synced(folder / SEQUENCES_FILE) as sink, _parquet_writer(sink, SEQUENCE_SCHEMA) as writer:
-        offsets = sequences.offsets
-        first = 0
-        while first < len(users):
-            last = int(np.searchsorted(offsets, offsets[first] + EVENTS_PER_ROW_GROUP, side="right")) - 1
-            last = max(last, first + 1)
-            writer.write_table(_sequence_table(sequences, first, last), row_group_size=last - first)
-            first = last
+    """Write sequences that are in memory: vocabularies, Parquet and flat columns."""
+    lengths = np.diff(sequences.offsets)
+    counts = np.bincount(sequences.item_ids, minlength=len(sequences.items))
+    for name, raw, events in ((USERS_FILE, sequences.users, lengths), (ITEMS_FILE, sequences.items, counts)):
+        with closing(VocabularyWriter(folder / name, raw.type)) as vocabulary:
+            vocabulary.write(raw, pa.array(events.astype(np.int64)))
+    (folder / FLAT_FOLDER).mkdir()
+    event = 0
+    with (
+        closing(FlatWriter(folder / FLAT_FOLDER, len(lengths), len(sequences.item_ids))) as flat,
+        closing(SequenceWriter(folder / SEQUENCES_FILE, flat, 0, 0)) as writer,
+    ):
+        for group in row_groups(lengths):
+            end = event + int(group.sum())
+            writer.write(group, {name: getattr(sequences, name)[event:end] for name in SEQUENCE_SCHEMA.names[1:]})
+            event = end
 
 
-def write_text(file: Path, text: str) -> None:
-    """Write a file and sync it to disk."""
-    with _synced(file) as sink:
-        sink.write(text.encode())
-
-
-def _sequence_table(sequences: Sequences, first: int, last: int) -> pa.Table:
-    """Users first to last - 1 in the schema of the file."""
-    start, end = int(sequences.offsets[first]), int(sequences.offsets[last])
-    offsets = pa.array(sequences.offsets[first : last + 1] - start, pa.int32())
-    columns = [pa.array(np.arange(first, last, dtype=np.int64))]
-    for name in SEQUENCE_SCHEMA.names[1:]:
-        values = pa.array(getattr(sequences, name)[start:end])
-        columns.append(pa.ListArray.from_arrays(offsets, values, type=SEQUENCE_SCHEMA.field(name).type))
-    return pa.Table.from_arrays(columns, schema=SEQUENCE_SCHEMA)
-
-
-def _write_vocabulary(file: Path, raw: pa.Array, counts: np.ndarray) -> None:
-    raw = raw.cast(pa.string()) if pa.types.is_large_string(raw.type) else raw
-    schema = vocabulary_schema(raw.type)
-    columns = [pa.array(np.arange(len(raw), dtype=np.int64)), raw, pa.array(counts.astype(np.int64))]
-    with _synced(file) as sink, _parquet_writer(sink, schema) as writer:
-        writer.write_table(pa.Table.from_arrays(columns, schema=schema))
-
-
-def _parquet_writer(sink: pa.NativeFile, schema: pa.Schema) -> pq.ParquetWriter:
+def _parquet_writer(file: Path, schema: pa.Schema) -> pq.ParquetWriter:
     # ids and times hardly repeat within a page, so dictionaries only cost; checksums find a damaged disk
-    return pq.ParquetWriter(sink, schema, compression="zstd", use_dictionary=False, write_page_checksum=True)
+    return pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=False, write_page_checksum=True)
+
+
+def link(source: Path, place: Path) -> None:
+    """Let a file, or a folder and its files, also be at another place; a copy where the file system has no links."""
+    if source.is_dir():
+        place.mkdir()
+        for file in source.iterdir():
+            link(file, place / file.name)
+        return
+    try:
+        os.link(source, place)
+    except OSError as error:
+        if is_disk_full(error):
+            raise
+        shutil.copy2(source, place)
 
 
 @contextmanager
-def _synced(file: Path) -> Iterator[pa.NativeFile]:
-    with file.open("wb") as handle:
-        sink = pa.PythonFile(handle, mode="w")
-        yield sink
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
-@contextmanager
-def _os_errors_of(target: Path) -> Iterator[None]:
+def os_errors_of(target: Path) -> Iterator[None]:
+    """Errors of the system while `target` is written, as UserErrors."""
     try:
         yield
     except OSError as error:
@@ -156,7 +241,8 @@ def _check_replaceable(target: Path) -> None:
     """Only an empty folder or a data set may be replaced: a mistyped path must not cost anyone their files."""
     if not target.exists():
         return
-    foreign = sorted({p.name for p in target.iterdir()} - {MANIFEST_FILE, *DATA_FILES}) if target.is_dir() else ["file"]
+    names = (entry.name for entry in target.iterdir()) if target.is_dir() else ["file"]
+    foreign = sorted(name for name in names if not is_part_of_data_set(name))
     if foreign:
         raise UserError(f"{target}: holds {foreign[0]}, which is no part of a data set", "pass data.path=FOLDER")
 

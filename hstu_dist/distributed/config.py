@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from dataclasses import dataclass as plain_dataclass
 from typing import Any, Literal
 
@@ -79,7 +80,8 @@ class TableConfig:
             splits every row, for optimizers that treat elements alone; data_parallel keeps a copy on every rank, for
             small tables; planner leaves the choice to TorchRec's planner.
         compute_kernel: memory that rows and their state live in: fused the device's; fused_uvm the host's;
-            fused_uvm_caching the host's behind a cache on the device; key_value an SSD's. All but fused need CUDA.
+            fused_uvm_caching the host's behind a cache on the device; key_value an SSD's, for plans only: checkpoints
+            cannot hold its rows. All but fused need CUDA.
         cache_load_factor: share of the rows that the cache of fused_uvm_caching holds; null: 0.2, or no cache.
         dtype: of the stored rows; state and arithmetic are fp32, and updates of shorter rows are rounded at random, so
             that they do not vanish. bf16 needs CUDA.
@@ -208,6 +210,11 @@ class TableSpec:
     def stored_width(self) -> int:
         """Elements of a stored row."""
         return stored_width(self.shape.width)
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint of the table depends on, as plain values."""
+        shape = {"rows": self.shape.num_rows, "width": self.shape.width, "dtype": self.config.dtype}
+        return {**shape, "optimizer": asdict(self.optimizer)}
 
     def weight_bytes(self, rows: int, columns: int) -> int:
         """Bytes of a part of the table."""

@@ -75,6 +75,7 @@ class Plan:
             f"{1 - self.settings.usable_memory:.0%} of a chip's memory is left to CUDA, NCCL and fragmentation",
             f"peaks for {self.settings.precision} from data sheets, no latency, no imbalance: times are lower bounds",
         ]
+        found += _about_tables(job)
         if job.global_batch_size < ranks:
             found.append(f"{ranks - job.global_batch_size} ranks have no sequence: raise trainer.global_batch_size")
         if job.negatives:
@@ -148,6 +149,20 @@ class Plan:
                 *([("  GPU-days of the data set", f"at least {days:,.1f}")] if days is not None else []),
             ]
         return [*lines, ("bounded by", time.bounded_by)]
+
+
+def _about_tables(job: Job) -> list[str]:
+    """What the figures of tables leave open."""
+    found, configs = [], [spec.config for spec in job.tables.values()]
+    if any(config.sharding == "planner" for config in configs):
+        found.append("tables that are left to TorchRec's planner count as split by rows")
+    if any(config.compute_kernel == "key_value" for config in configs):
+        found.append("tables of kernel key_value lie on SSDs: in no memory, and no time is counted for reading them")
+    if any(config.compute_kernel.startswith("fused_uvm") for config in configs):
+        found.append("no time is counted for rows that come from host memory")
+    if len(configs) > 1:
+        found.append("look-ups are counted in the item table only")
+    return found
 
 
 def _sweep(job: Job, hardware: HardwareConfig, settings: PlanConfig) -> list[tuple[int, tuple[Memory, StepTime]]]:

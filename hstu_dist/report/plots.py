@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -211,6 +213,39 @@ def save_sweep(
     for panel in (left, right):
         panel.set_xlabel("ranks, as many sequences each")
         panel.legend(fontsize=7)
+        panel.tick_params(labelsize=8)
+    figure.suptitle(title, fontsize=9)
+    return save_figure(figure, stem)
+
+
+def save_lengths(lengths: npt.NDArray[np.int64], cut: int, title: str, stem: Path) -> tuple[Path, Path]:
+    """How many sequences have which length, and which share of all events lies within them.
+
+    Args:
+        lengths: [S] >= 1, events of every sequence.
+        cut: length beyond which the model sees nothing; drawn as a line.
+        title: of the figure.
+        stem: where, without suffix.
+
+    Returns:
+        Paths of PNG and SVG.
+    """
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    top = int(lengths.max())
+    edges = np.unique(np.geomspace(1, top + 1, 50).astype(np.int64))
+    left.hist(lengths, bins=edges, color="#4878a8")
+    left.set_yscale("log")
+    left.set_ylabel("sequences")
+    ordered = np.sort(lengths)
+    places = np.unique(np.searchsorted(ordered, edges, side="right").clip(1)) - 1
+    right.plot(ordered[places], np.cumsum(ordered)[places] / ordered.sum(), color="#4878a8")
+    right.set_ylim(0, 1)
+    right.set_ylabel("share of events, up to this length")
+    for panel in (left, right):
+        panel.set_xscale("log")
+        panel.axvline(cut, color="black", linestyle="--", linewidth=0.8)
+        panel.set_xlabel("events of a sequence (dashed: max_length)")
         panel.tick_params(labelsize=8)
     figure.suptitle(title, fontsize=9)
     return save_figure(figure, stem)

@@ -17,6 +17,8 @@ class TrainState:
         tokens: positions computed, over all ranks.
         attention_pairs: visible (query, key) pairs trained on, over all ranks.
         context: of these positions, those whose targets the loss left out.
+        skipped_tokens: of these positions, those that truncated layers left out.
+        skipped_pairs: of these pairs, those that truncated layers left out.
         best_step: step of the best validation, -1 before the first.
         best_epoch: epochs finished at the best validation.
         best_value: the monitored metric there.
@@ -25,6 +27,7 @@ class TrainState:
         best_test_epoch: epochs finished at the best tracked reading of the test split, 0 before the first; never used
             to choose anything.
         best_test: all test metrics there.
+        tables: by name: rows, width and dtype, kind and settings of the optimizer; for whoever reads a checkpoint.
         train_seconds: on rank 0, over all sessions of the run and without evaluation.
         evaluation_seconds: of validation and whatever else ranks during training.
         available_flops: what the devices of all ranks could have done in `train_seconds`; None once their peak was
@@ -37,6 +40,8 @@ class TrainState:
     tokens: int = 0
     attention_pairs: int = 0
     context: int = 0
+    skipped_tokens: int = 0
+    skipped_pairs: int = 0
     best_step: int = -1
     best_epoch: int = 0
     best_value: float = float("-inf")
@@ -44,6 +49,7 @@ class TrainState:
     stopped_early: bool = False
     best_test_epoch: int = 0
     best_test: dict[str, float] = field(default_factory=dict)
+    tables: dict[str, Any] = field(default_factory=dict)
     # not compared: clocks differ between runs that compute the same
     train_seconds: float = field(default=0.0, compare=False)
     evaluation_seconds: float = field(default=0.0, compare=False)

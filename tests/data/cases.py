@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 
 from hstu_dist.data.config import EventsConfig
 from hstu_dist.data.dataset import SequenceDataset
+from hstu_dist.data.events import EventLog, EventTable
 from hstu_dist.data.schema import FORMAT_VERSION, Manifest
 
 
@@ -51,6 +53,18 @@ def write_log(file: Path, columns: dict[str, Any]) -> Path:
     else:
         pa_csv.write_csv(table, file)
     return file
+
+
+def read_log(config: EventsConfig) -> EventTable:
+    """All events of a log as one table."""
+    with tempfile.TemporaryDirectory() as scratch:
+        log = EventLog(config).open(Path(scratch))
+        tables = list(log.batches())
+    assert sum(table.num_events for table in tables) == log.num_events
+    assert [table.first_row for table in tables] == [0, *np.cumsum([table.num_events for table in tables])[:-1]]
+    arrays = {name: pa.concat_arrays([getattr(table, name) for table in tables]) for name in ("users", "items")}
+    columns = {name: np.concatenate([getattr(table, name) for table in tables]) for name in ("order_times", "actions")}
+    return EventTable(**arrays, **columns, per_second=tables[0].per_second, origin=log.origin)
 
 
 def log_config(file: Path, path: Path | str = "", **settings: Any) -> EventsConfig:

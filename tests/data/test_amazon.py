@@ -51,7 +51,7 @@ def config_of(source: Path | str | None, folder: Path) -> AmazonConfig:
 
 def read(file: Path) -> list[Rating]:
     events = Amazon(config_of(file, file.parent)).read()
-    assert events.actions.dtype == np.int32 and events.order_times is events.seconds
+    assert events.actions.dtype == np.int32 and events.seconds.dtype == np.int64
     columns = (events.users.to_pylist(), events.items.to_pylist(), events.actions.tolist(), events.seconds.tolist())
     return [Rating(*row) for row in zip(*columns, strict=True)]
 

@@ -97,7 +97,7 @@ def test_a_changed_byte_does_not_go_unnoticed(folder: Path) -> None:
     file = folder / SEQUENCES_FILE
     right, before = file.read_bytes(), SequenceDataset.open(folder)
     unnoticed = []
-    for position in range(0, len(right), 3):
+    for position in range(0, len(right), 11):
         damaged = bytearray(right)
         damaged[position] ^= 0x10
         file.write_bytes(damaged)

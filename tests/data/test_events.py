@@ -14,14 +14,14 @@ import pytest
 from hstu_dist.data.config import EventsConfig
 from hstu_dist.data.events import EventLog, EventTable
 from hstu_dist.errors import UserError
-from tests.data.cases import log_config, write_log
+from tests.data.cases import log_config, read_log, write_log
 
 LARGE = [2**31, 2**31 + 1, 2**53, 2**53 + 1, 2**53 + 2, 2**63 - 1, -(2**63), 0]
 GOOD = {"user": [1, 1, 2], "item": [7, 8, 7], "time": [10, 20, 30]}
 
 
 def read(file: Path, **settings: Any) -> EventTable:
-    return EventLog(log_config(file, **settings)).read()
+    return read_log(log_config(file, **settings))
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
@@ -121,8 +121,8 @@ def test_folder_and_glob_read_files_in_order(tmp_path: Path) -> None:
     for config in (log_config(tmp_path), log_config(tmp_path / "*" / "*.csv")):
         log = EventLog(config)
         assert list(log.fingerprint()) == ["day=1/log.csv", "day=2/log.csv"]
-        assert log.read().items.to_pylist() == [1, 1, 1, 2, 2, 2]
-    assert EventLog(log_config(tmp_path)).read().origin.locate(4) == f"{tmp_path}/day=2/log.csv row 2"
+        assert read_log(config).items.to_pylist() == [1, 1, 1, 2, 2, 2]
+    assert read_log(log_config(tmp_path)).origin.locate(4) == f"{tmp_path}/day=2/log.csv row 2"
 
 
 def test_compressed_tab_separated(tmp_path: Path) -> None:

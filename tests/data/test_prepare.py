@@ -7,20 +7,24 @@ import logging
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hstu_dist.data.config import EventsConfig
+from hstu_dist.data import staging
+from hstu_dist.data.config import EventsConfig, PreparationConfig
 from hstu_dist.data.dataset import SequenceDataset
 from hstu_dist.data.prepare import prepare
 from hstu_dist.data.schema import load_manifest
 from hstu_dist.data.writer import exclusive
 from hstu_dist.errors import UserError
+from hstu_dist.machine import memory_per_rank
 from tests.data.cases import log_config, write_log
 
 ROWS = 3000
@@ -40,7 +44,7 @@ def config(tmp_path: Path) -> EventsConfig:
 
 def state(path: str) -> dict[str, tuple[int, int, str]]:
     """Inode, time and content of every file: unchanged only if nobody touched them."""
-    files = sorted(Path(path).iterdir())
+    files = sorted(file for file in Path(path).iterdir() if file.is_file())
     return {f.name: (f.stat().st_ino, f.stat().st_mtime_ns, hashlib.sha256(f.read_bytes()).hexdigest()) for f in files}
 
 
@@ -151,71 +155,145 @@ def test_a_second_writer_waits(config: EventsConfig, caplog: pytest.LogCaptureFi
 
 
 def test_writers_at_once_make_one_data_set(config: EventsConfig) -> None:
-    running = [start_prepare(config) for _ in range(3)]
+    script = (
+        "import logging, sys; from hstu_dist.data.config import EventsConfig; "
+        "from hstu_dist.data.prepare import prepare; "
+        "logging.basicConfig(level=logging.INFO); "
+        "prepare(EventsConfig(input=sys.argv[1], path=sys.argv[2], user_column='user', item_column='item', "
+        "timestamp_column='time'))"
+    )
+    command = [sys.executable, "-c", script, str(config.input), config.path]
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     outputs = [process.communicate(timeout=60)[1] for process in running]
     assert [process.returncode for process in running] == [0, 0, 0]
     assert sum(": prepared (" in output for output in outputs) == 1
     assert SequenceDataset.open(config.path).num_sequences == 300 and not leftovers(config.path)
 
 
-# counts the calls that make writing durable, and dies at one of them as by kill -9
-PREPARE_AND_DIE = """
-import logging, os, pathlib, signal, sys
-from hstu_dist.data.config import EventsConfig
-from hstu_dist.data.prepare import prepare
-from hstu_dist.errors import UserError
-
-calls = 0
-
-def dying(function):
-    def wrapped(*arguments):
-        global calls
-        calls += 1
-        if calls == int(sys.argv[3]):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments)
-    return wrapped
-
-os.fsync = dying(os.fsync)
-pathlib.Path.rename = dying(pathlib.Path.rename)
-logging.basicConfig(level=logging.INFO)
-try:
-    prepare(EventsConfig(input=sys.argv[1], path=sys.argv[2], user_column="user", item_column="item",
-                         timestamp_column="time"))
-except UserError as error:
-    sys.exit(f"UserError: {error}")
-"""
+def forked(config: EventsConfig, spoil: Callable[[], None]) -> int:
+    """Exit status of a process that prepares after `spoil()`; 1 if it failed with a UserError."""
+    child = os.fork()
+    if child == 0:
+        status = 70
+        try:
+            spoil()
+            prepare(config)
+            status = 0
+        except UserError as error:
+            Path(config.path).with_name("error.txt").write_text(str(error))
+            status = 1
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def start_prepare(
-    config: EventsConfig, die_at: int = 0, preexec_fn: Callable[[], None] | None = None
-) -> subprocess.Popen[str]:
-    arguments = [sys.executable, "-c", PREPARE_AND_DIE, str(config.input), config.path, str(die_at)]
-    return subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, preexec_fn=preexec_fn)
+class DurableCalls:
+    """Counts the calls that make writing durable or visible, and dies at one of them by kill -9."""
+
+    def __init__(self, die_at: int = 0) -> None:
+        self.die_at = die_at
+        self.count = 0
+
+    def watch(self) -> None:
+        """From now on, in this process."""
+        os.fsync = self._watched(os.fsync)
+        os.link = self._watched(os.link)
+        Path.rename = self._watched(Path.rename)  # type: ignore[method-assign]
+
+    def _watched(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*arguments: object) -> Any:
+            self.count += 1
+            if self.count == self.die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments)
+
+        return watched
 
 
-@pytest.mark.parametrize("replacing", [False, True])
-def test_killed_at_any_step_nothing_half_written_is_left(config: EventsConfig, tmp_path: Path, replacing: bool) -> None:
+def dying_at(step: int) -> Callable[[], None]:
+    return DurableCalls(step).watch
+
+
+@pytest.fixture
+def many_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = staging.engine_memory(PreparationConfig().memory_bytes(memory_per_rank(1)))
+    monkeypatch.setattr(staging, "_BYTES_OF_TEXT", 3 * memory // ROWS)
+
+
+@pytest.fixture
+def steps(config: EventsConfig, many_passes: None, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Durable calls of a preparation that replaces nothing."""
+    calls = DurableCalls()
+    with monkeypatch.context() as patched:
+        for owner, name in ((os, "fsync"), (os, "link"), (Path, "rename")):
+            patched.setattr(owner, name, getattr(owner, name))
+        calls.watch()
+        prepare(config)
+    return calls.count
+
+
+def check_killed_at(config: EventsConfig, step: int, right: dict[str, str], old: EventsConfig | None) -> None:
+    target = Path(config.path)
+    shutil.rmtree(config.path, ignore_errors=True)
+    if old is not None:
+        prepare(old)
+    assert forked(config, dying_at(step)) == -signal.SIGKILL
+    if target.exists():
+        assert SequenceDataset.open(target).manifest.num_events in ((ROWS,) if old is None else (600, ROWS))
+    with exclusive(target):
+        assert target.exists() or old is None
+    assert prepare(config).num_events == ROWS
+    assert contents(config.path) == right and not leftovers(config.path)
+
+
+def contents(path: str) -> dict[str, str]:
+    return {name: content for name, (_, _, content) in state(path).items()}
+
+
+def test_killed_nothing_half_written_is_left(config: EventsConfig, steps: int) -> None:
+    right = contents(config.path)
+    assert len([name for name in right if name.startswith("sequences-")]) == 3
+    for step in range(1, steps + 1, 9):
+        check_killed_at(config, step, right, old=None)
+
+
+def test_killed_while_replacing_the_old_or_the_new_is_there(config: EventsConfig, steps: int, tmp_path: Path) -> None:
+    right = contents(config.path)
     old = log_config(write_rows(tmp_path / "old.csv", 600), config.path)
-    survived = False
-    for step in range(1, 20):
-        shutil.rmtree(config.path, ignore_errors=True)
-        if replacing:
-            prepare(old)
-        process = start_prepare(config, die_at=step)
-        process.communicate(timeout=60)
-        survived = process.returncode == 0
-        if survived:
-            break
-        assert process.returncode == -9
-        if Path(config.path).exists():
-            assert SequenceDataset.open(config.path).manifest.num_events in ((600, ROWS) if replacing else (ROWS,))
-        with exclusive(Path(config.path)):
-            assert Path(config.path).exists() or not replacing
+    # the folder, both renames, and the folder above; one rename more than without an old data set
+    for step in range(steps - 2, steps + 2):
+        check_killed_at(config, step, right, old)
+    prepare(old)
+    assert forked(config, dying_at(steps + 2)) == 0
+
+
+@pytest.mark.long
+def test_killed_at_any_step(config: EventsConfig, steps: int, tmp_path: Path) -> None:
+    right = contents(config.path)
+    old = log_config(write_rows(tmp_path / "old.csv", 600), config.path)
+    for step in range(1, steps + 1):
+        check_killed_at(config, step, right, old=None)
+        check_killed_at(config, step, right, old)
+
+
+@pytest.mark.usefixtures("many_passes")
+def test_a_killed_run_is_continued(config: EventsConfig, caplog: pytest.LogCaptureFixture) -> None:
+    assert forked(config, dying_at(17)) == -signal.SIGKILL
+    work = Path(config.path).with_name(".set.work")
+    finished = {path.parent.name for path in work.glob("*/result.json")} - {"pass-1.building"}
+    assert {"events", "vocabulary", "pass-0"} <= finished and "pass-2" not in finished
+    with caplog.at_level(logging.INFO):
         assert prepare(config).num_events == ROWS
-        assert SequenceDataset.open(config.path).num_sequences == 300 and not leftovers(config.path)
-    # four files, two folders, one rename, and one more where there is something to replace
-    assert survived and step == (9 if replacing else 8)
+    assert "going on where an interrupted run stopped" in caplog.text
+    assert caplog.text.count(": finished before") == len(finished)
+
+
+@pytest.mark.usefixtures("many_passes")
+def test_other_settings_do_not_continue_a_killed_run(config: EventsConfig, caplog: pytest.LogCaptureFixture) -> None:
+    assert forked(config, dying_at(17)) == -signal.SIGKILL
+    with caplog.at_level(logging.INFO):
+        assert prepare(log_config(Path(str(config.input)), config.path, min_user_events=10)).num_events == ROWS
+    assert "finished before" not in caplog.text and not leftovers(config.path)
 
 
 def limit_file_size() -> None:
@@ -223,11 +301,10 @@ def limit_file_size() -> None:
 
 
 def test_a_file_that_cannot_grow(config: EventsConfig) -> None:
-    process = start_prepare(config, preexec_fn=limit_file_size)
-    _, output = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "UserError" in output and "cannot be written (File too large) -> free space" in output
-    assert "Traceback" not in output
+    assert forked(config, limit_file_size) == 1
+    error = Path(config.path).with_name("error.txt")
+    assert "cannot be written (" in error.read_text() and "File too large" in error.read_text()
+    error.unlink()
     assert not Path(config.path).exists() and not leftovers(config.path)
     assert prepare(config).num_events == ROWS
 
@@ -245,7 +322,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk(config: EventsConfig, small_disk: Path) -> None:
     on_disk = log_config(Path(str(config.input)), small_disk / "set")
-    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\) -> free space or pass"):
+    with pytest.raises(UserError, match=r"cannot be written \(.*No space left on device\) -> free space or pass"):
         prepare(on_disk)
     assert [p.name for p in small_disk.iterdir()] == [".set.lock"]
     small = log_config(write_rows(Path(str(config.input)).with_name("small.csv"), 20), small_disk / "set")

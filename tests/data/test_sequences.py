@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter, defaultdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hstu_dist.data.config import Duplicates
+from hstu_dist.data.duckdb_engine import DuckDBEngine
 from hstu_dist.data.events import EventTable, Origin
-from hstu_dist.data.sequences import Cleaning, Sequences, build_sequences
+from hstu_dist.data.flat_columns import EVENT, FlatColumns
+from hstu_dist.data.sequences import Cleaning, Log
+from hstu_dist.data.sequences import build_sequences as build
+from hstu_dist.data.staging import stage
+from hstu_dist.data.vocabulary import Vocabulary
+from hstu_dist.data.workspace import workspace
+from hstu_dist.data.writer import Sequences
 from hstu_dist.errors import UserError
 
 Event = tuple[Any, Any, int]
@@ -26,10 +36,32 @@ def table_of(events: list[Event]) -> EventTable:
         users=pa.array(users, text if isinstance(users[0], str) else pa.int64()),
         items=pa.array(items, text if isinstance(items[0], str) else pa.int64()),
         order_times=np.array(times, dtype=np.int64),
-        seconds=np.array(times, dtype=np.int64) // 1000,
+        per_second=1000,
         actions=np.arange(len(events), dtype=np.int32),
         origin=Origin(files=("a.csv", "b.csv"), starts=(0, 3)),
     )
+
+
+def build_sequences(events: EventTable, cleaning: Cleaning, memory: int = 1 << 30) -> Sequences:
+    """Through files and queries, as `prepare` does it."""
+    with tempfile.TemporaryDirectory() as folder, workspace(Path(folder) / "work", {}) as work:
+        events_folder, scratch = Path(folder) / "events", Path(folder) / "scratch"
+        for created in (events_folder, scratch):
+            created.mkdir()
+        log = Log(folder=events_folder, staged=stage(events, events_folder, memory), origin=events.origin)
+        with DuckDBEngine(1 << 30, scratch) as engine:
+            users, items, *files, columns = build(log, cleaning, engine, work)
+        flat = FlatColumns(columns)
+        arrays = {"offsets": flat.offsets.copy(), **{name: flat.events[name].copy() for name in EVENT.names or ()}}
+        rows = pa.concat_tables([pq.read_table(file) for file in files])
+        for name in ("item_ids", "timestamps", "actions"):
+            assert rows[name].combine_chunks().flatten().to_pylist() == arrays[name].tolist()
+        assert rows["user_id"].to_pylist() == list(range(len(arrays["offsets"]) - 1))
+        vocabularies = {"users": Vocabulary.users(users.parent), "items": Vocabulary.items(items.parent)}
+        assert vocabularies["users"].counts.tolist() == np.diff(arrays["offsets"]).tolist()
+        counts = np.bincount(arrays["item_ids"], minlength=len(vocabularies["items"]))
+        assert vocabularies["items"].counts.tolist() == counts.tolist()
+        return Sequences(**{name: vocabulary.raw for name, vocabulary in vocabularies.items()}, **arrays)
 
 
 def as_dict(sequences: Sequences) -> dict[Any, list[tuple[Any, int, int]]]:
@@ -49,7 +81,7 @@ def plainly(events: list[Event]) -> dict[Any, list[tuple[Any, int, int]]]:
     return {u: [(item, time // 1000, row) for time, row, item in sorted(by_user[u])] for u in sorted(by_user)}
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 6), st.integers(0, 3000)), min_size=1, max_size=40))
 def test_sequences_equal_the_plain_construction(events: list[Event]) -> None:
     sequences = build_sequences(table_of(events), Cleaning())
@@ -91,7 +123,7 @@ def test_duplicates_dropped_or_kept() -> None:
     assert [row for _, _, row in kept[1]] == [0, 1, 3, 5, 4]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     events=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8), st.integers(0, 99)), min_size=1, max_size=60),
     limits=st.tuples(st.integers(1, 4), st.integers(1, 4)),

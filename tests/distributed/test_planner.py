@@ -12,6 +12,7 @@ from hstu_dist.distributed.config import ITEM, EmbeddingConfig, FurtherTableConf
 from hstu_dist.distributed.planner import build_tables, planned
 from hstu_dist.distributed.process_group import process_group
 from hstu_dist.distributed.table_plan import EmbeddingPlan, configured_plan, plan_of_settings
+from hstu_dist.distributed.tables import check_device
 from hstu_dist.errors import UserError
 from tests.distributed.ranks import run_ranks
 
@@ -92,3 +93,9 @@ def build_for_cuda(kernel: str, dtype: str) -> str:
 def test_what_needs_cuda_is_refused_on_the_cpu(kernel: str, dtype: str) -> None:
     (said,) = run_ranks(1, build_for_cuda, kernel, dtype)
     assert said.startswith("embedding table item: ") and "CUDA only" in said and " -> use compute_kernel=fused" in said
+
+
+def test_rows_on_an_ssd_are_for_plans_only() -> None:
+    specs = EmbeddingConfig(compute_kernel="key_value").specs({ITEM: TableShape(10, 4)})
+    with pytest.raises(UserError, match=r"table item: compute_kernel: got key_value, whose rows no checkpoint"):
+        check_device(specs, torch.device("cuda"))

@@ -19,6 +19,7 @@ from hstu_dist.distributed.config import ITEM, EmbeddingConfig, FurtherTableConf
 from hstu_dist.distributed.planner import build_tables
 from hstu_dist.distributed.process_group import process_group
 from hstu_dist.distributed.tables import EmbeddingTables
+from hstu_dist.errors import UserError
 from tests.distributed.cases import whole
 from tests.distributed.ranks import run_ranks
 
@@ -280,6 +281,23 @@ def test_initial_weights_do_not_depend_on_the_ranks(trained: Any) -> None:
     assert len({float(trained[1][case].before[0, 0]) for case in CASES}) == len(CASES)
 
 
+def look_up_hashed() -> tuple[list[list[float]], list[list[float]]]:
+    """Rows of raw ids by a hash, and those of the rows that it gives; after an update of the former."""
+    with process_group("cpu", 30) as world:
+        tables = table_of("row_wise", "sgd")
+        tables.id_mappings[ITEM] = lambda ids: ids % SHAPE.num_rows
+        raw = torch.tensor([10**12, 3, -1, 3 + SHAPE.num_rows])[world.rank :]
+        train_step(tables, {ITEM: raw})
+        hashed = tables({ITEM: raw})[ITEM].tolist()
+        tables.id_mappings.clear()
+        return hashed, tables({ITEM: raw % SHAPE.num_rows})[ITEM].tolist()
+
+
+def test_a_mapping_in_front_of_a_table_turns_ids_into_rows() -> None:
+    for hashed, direct in run_ranks(2, look_up_hashed):
+        assert hashed == direct and hashed[-1] == hashed[-3]
+
+
 # 5 rows: on 4 ranks the third has one and the last has none, on 8 ranks three have none
 UNEVEN = TableShape(num_rows=5, width=4)
 
@@ -341,3 +359,41 @@ def test_weights_state_and_step_move_between_numbers_of_ranks(world_size: int, u
             assert loaded.state.keys() == written.state.keys()
             assert all(torch.equal(loaded.state[name], written.state[name]) for name in written.state), case
     assert saved[8]["adamw"].step == 3 and saved[8]["adamw"].state["exp_avg_sq"].all()
+
+
+def load_changed(folder: Path, embedding: dict[str, Any], shape: TableShape) -> str:
+    with process_group("cpu", 60):
+        config = EmbeddingConfig(**{"optimizer": optimizer_of("adamw"), **embedding})
+        tables = build_tables(config, {ITEM: shape}, torch.device("cpu"), seed=6)
+        before = weights_of(tables)
+        with pytest.raises(UserError) as caught:
+            CheckpointManager(folder, keep=1).load(3, tensors_of(tables))
+        assert torch.equal(weights_of(tables), before) and caught.value.remedy
+        return caught.value.problem
+
+
+CHANGED: dict[str, tuple[dict[str, Any], TableShape, str]] = {
+    "rows": ({}, TableShape(6, 4), ": got F32 of shape (5, 4), expected F32 of shape (6, 4)"),
+    "width": ({}, TableShape(5, 8), ": got F32 of shape (5, 4), expected F32 of shape (5, 8)"),
+    "dtype": ({"dtype": "fp16"}, UNEVEN, ".weight: got F32 of shape (5, 4), expected F16 of shape (5, 4)"),
+    "less state": (
+        {"optimizer": optimizer_of("rowwise_adagrad")},
+        UNEVEN,
+        ".exp_avg_sq: got F32 of shape (5, 4), expected nothing",
+    ),
+    "another state": (
+        {"optimizer": optimizer_of("rowwise_adamw")},
+        UNEVEN,
+        ".exp_avg_sq: got F32 of shape (5, 4), expected F32",
+    ),
+    "no state": ({"optimizer": optimizer_of("sgd")}, UNEVEN, ".exp_avg_sq: got F32 of shape (5, 4), expected nothing"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_changed_table_is_refused_in_one_line_and_left_alone(change: str, uneven: Any) -> None:
+    folder, _ = uneven
+    embedding, shape, problem = CHANGED[change]
+    said = run_ranks(2, load_changed, folder / "adamw-2", embedding, shape)
+    assert said[0] == said[1] and said[0].startswith(f"checkpoint {folder / 'adamw-2'}"), said
+    assert problem in said[0] and "collection.embeddings.item" in said[0]

@@ -17,6 +17,8 @@ from tests.tiny import NUM_USERS
 RUNS = {
     "row_wise": [],
     "table_wise": ["embedding=table_wise"],
+    "data_parallel": ["embedding.sharding=data_parallel", "embedding.optimizer.kind=adamw"],
+    "planner": ["embedding=planner"],
     "full_softmax": ["loss=full_softmax", "optimizer.clip_norm=0.5", "optimizer.schedule.kind=cosine"],
     "sasrec": ["model=sasrec", "optimizer.weight_decay=0.01"],
     # Adagrad and Adam do not see a gradient that is too large by the number of ranks; these do
