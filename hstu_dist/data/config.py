@@ -227,8 +227,8 @@ class PreparationConfig:
 
     Attributes:
         engine: what counts, joins and sorts: duckdb in this process, or spark, a cluster's or a local one.
-        memory_gib: that the process may use, with duckdb all in all; null: half of what the machine or its container
-            has. Larger logs are prepared in more passes.
+        memory_gib: that the process may use, with duckdb all in all; null: half of the machine's. Larger logs are
+            prepared in more passes.
     """
 
     engine: Literal["duckdb", "spark"] = "duckdb"
