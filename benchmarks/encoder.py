@@ -347,14 +347,16 @@ def _report(name: str, findings: Findings, options: argparse.Namespace, flashes:
     )
     folder: Path = options.output
     path = write(found, folder)
-    save_lines(
-        speedups(found),
-        (f"{found.name} on {found.device}, commit {found.commit[:12]}", "N, longest sequence", "times faster"),
-        folder / f"{name}_speedup",
-    )
+    draw(found, folder)
     sys.stdout.write(f"{ratios_table(found)}\n{path}\n")
     for reason in findings.refused:
         sys.stdout.write(f"refused, no row: {reason}\n")
+
+
+def draw(found: Results, folder: Path) -> tuple[Path, Path]:
+    """The figure of a result file: paths of PNG and SVG."""
+    title = f"{found.name} on {found.device}, commit {found.commit[:12]}"
+    return save_lines(speedups(found), (title, "N, longest sequence", "times faster"), folder / f"{found.name}_speedup")
 
 
 def speedups(found: Results) -> dict[str, dict[str, list[tuple[int, float]]]]:

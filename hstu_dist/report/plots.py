@@ -173,7 +173,7 @@ def save_lines(
         panel.set_title(name, fontsize=9)
         panel.set_xlabel(sizes, fontsize=8)
         panel.tick_params(labelsize=8)
-        panel.legend(fontsize=7)
+        panel.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
     columns[0].set_ylabel(values, fontsize=8)
     figure.suptitle(title, fontsize=9)
     return save_figure(figure, stem)
