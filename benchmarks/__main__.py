@@ -30,6 +30,7 @@ BENCHMARKS: Mapping[str, str] = {
     "plan": "the capacity planner: its time and memory, and its predictions against real ranks and towers",
     "faults": "the fault campaign: real faults at random steps, after which a run must end as if left alone",
     "launch": "seconds to the first step of `python -m launch` over plain torchrun",
+    "ranking": "HSTU against DLRM on MovieLens-1M at several seeds, and HSTU with one choice changed; an hour",
     "ml1m": "SASRec and HSTU on MovieLens-1M at several seeds: epoch chosen on validation, then a refit; hours",
     "external": "any other program beside this package's training step, on the same data and lengths",
     "all": "every benchmark but ml1m and external, a process each; continues after an interruption",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from itertools import count
+from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
@@ -22,6 +24,7 @@ from hstu_dist.commands.session import sequence_cost
 from hstu_dist.data.balance import by_cost, by_cost_and_count, imbalance, in_turns, largest_item_bound
 from hstu_dist.data.config import LoaderConfig, StochasticLengthConfig, SyntheticZipfConfig
 from hstu_dist.data.dataset import SequenceDataset
+from hstu_dist.data.flat_columns import FLAT_FOLDER
 from hstu_dist.data.loader import BatchLoader
 from hstu_dist.data.prepare import prepare
 from hstu_dist.data.split import Split
@@ -37,7 +40,7 @@ log = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float64]
 
 FEED = "Zipf 1.2 histories up to 4,096, batches of 128, one process"
-READ, WHOLE = "read and check Parquet", "whole histories"
+READ, WHOLE = "check Parquet and copy it into columns", "whole histories"
 LAWS = {f"cut, {name}": StochasticLengthConfig(selection=name) for name in ("greedy", "random", "weighted")}
 _EVENTS_PER_SECOND = 8e6
 """What one process has to deliver."""
@@ -87,10 +90,16 @@ def _feeding(quick: bool) -> tuple[list[Row], list[Ratio]]:
         events = prepare(config).num_events
         log.info("%s: %d events", FEED, events)
         dataset = SequenceDataset.open(config.path)
-        steps: dict[str, Step] = {READ: partial(SequenceDataset.open, config.path), WHOLE: _epochs(dataset, None)}
+        steps: dict[str, Step] = {READ: partial(_open_anew, config.path), WHOLE: _epochs(dataset, None)}
         steps |= {name: _epochs(dataset, law) for name, law in LAWS.items()}
         timings = compare(steps, _effort(quick), clock_of(torch.device("cpu")))
     return feed_rows(timings, events), feed_ratios(timings, events)
+
+
+def _open_anew(path: str) -> None:
+    """As the first time, when there are no columns yet."""
+    shutil.rmtree(Path(path) / FLAT_FOLDER, ignore_errors=True)
+    SequenceDataset.open(path)
 
 
 def _epochs(dataset: SequenceDataset, law: StochasticLengthConfig | None) -> Step:
@@ -179,7 +188,7 @@ def _balancing(quick: bool) -> tuple[list[Row], list[Ratio]]:
 
 def batch_costs(sequences: int, draws: int) -> Iterator[Floats]:
     """FLOPs of every sequence of a global batch."""
-    law = sequence_cost(_training_flops)
+    law = sequence_cost(lambda length: _training_flops(Workload.causal([length])), MODEL.max_length)
     for seed in range(draws):
         uniform = np.random.default_rng(seed).random(RANKS * sequences)
         yield law.of(power_law(uniform, 1.2, (1, 4096)))

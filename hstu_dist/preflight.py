@@ -6,13 +6,17 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from hstu_dist.actions import action_fields
 from hstu_dist.config import RunConfig
 from hstu_dist.data.config import prepare_command
+from hstu_dist.data.contextual import check_contextual
 from hstu_dist.data.schema import Manifest, load_manifest
 from hstu_dist.distributed.config import ITEM, TableShape, TableSpec
 from hstu_dist.distributed.table_plan import configured_plan, plan_of_settings
 from hstu_dist.errors import UserError
+from hstu_dist.losses.config import LossConfig, MultiTaskConfig
 from hstu_dist.machine import memory_per_rank
+from hstu_dist.models.config import RankingConfig
 from hstu_dist.run_folder import RunFolder
 
 _CHECKPOINTS_AT_ONCE = 3
@@ -37,7 +41,9 @@ def preflight(config: RunConfig, world_size: int) -> Manifest:
         UserError: one line that says what does not fit and how to mend it.
     """
     manifest = load_manifest(Path(config.data.path), prepare_command(config.data))
-    if manifest.max_length < _LEAST_EVENTS:
+    if isinstance(config.task, RankingConfig):
+        check_ranking(config.task, config.loss, manifest)
+    elif manifest.max_length < _LEAST_EVENTS:
         raise UserError(
             f"data set {config.data.path}: its longest sequence has {manifest.max_length} events, "
             f"leave-one-out training needs at least {_LEAST_EVENTS}",
@@ -70,6 +76,22 @@ def check_micro_batches(config: RunConfig, world_size: int) -> None:
             f"trainer.micro_batches: got {parts}, but a rank's share of a step has {share:g} sequences",
             f"use at most {max(1, int(share))}, fewer ranks or a larger trainer.global_batch_size",
         )
+
+
+def check_ranking(task: RankingConfig, loss: LossConfig, manifest: Manifest) -> None:
+    """Whether a data set has the columns that a ranking run names.
+
+    Raises:
+        UserError: names the one that is missing.
+    """
+    known = [field.name for field in action_fields(manifest.action_fields)]
+    for head in loss.heads if isinstance(loss, MultiTaskConfig) else ():
+        if head.column not in known:
+            raise UserError(
+                f"head {head.name}: got column {head.column}, the data set {manifest.name} has {', '.join(known)}",
+                "set its column, or prepare the data with data.action_columns={NAME: BITS}",
+            )
+    check_contextual(manifest, task.contextual)
 
 
 def check_plan(config: RunConfig, num_items: int, world_size: int) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hstu_dist.checkpoint.manager import CheckpointManager
 from hstu_dist.commands.session import Session
+from hstu_dist.commands.sessions import open_session
 from hstu_dist.config import load
 from hstu_dist.distributed.process_group import claim_machine, process_group
 from hstu_dist.errors import UserError
@@ -54,10 +55,10 @@ def replay(folder: Path, say: Callable[[str], None]) -> None:
     config = load(run.config_file)
     with process_group(config.trainer.device, config.trainer.timeout_seconds) as world:
         claim_machine(config.trainer.threads, world)
-        session = Session.build(config, world)
+        session = open_session(config, world)
         weights = _restore(session, CheckpointManager(run.checkpoints, config.trainer.checkpoint.keep), refused[0].step)
         say(f"step {refused[0].step}: {refused[0].refusal.reason}; with {weights.describe(refused[0].step)}:")
-        step = TrainStep(session.recommender, config.loss, session.optimizers, world, config.seed)
+        step = TrainStep(session.objective(), session.optimizers, world)
         for file, share in zip(files, refused, strict=True):
             say(f"{file.stem}: {examine(session, step, share)}")
 

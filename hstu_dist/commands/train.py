@@ -17,6 +17,7 @@ from hstu_dist.commands.memory import explained_memory
 from hstu_dist.commands.rank_log import rank_log
 from hstu_dist.commands.result_table import finished_report, result_table
 from hstu_dist.commands.session import Session
+from hstu_dist.commands.sessions import open_session
 from hstu_dist.config import RunConfig, to_dict
 from hstu_dist.data.split import Split
 from hstu_dist.distributed.agreement import check_machines_agree
@@ -83,7 +84,7 @@ def _locked(folder: RunFolder, world: World) -> Iterator[None]:
 
 
 def _run(config: RunConfig, world: World, folder: RunFolder, say: Callable[[str], None]) -> ExitCode:
-    session = Session.build(config, world)
+    session = open_session(config, world)
     settings = config.trainer.checkpoint
     checkpoints = CheckpointManager(folder.checkpoints, settings.keep, settings.asynchronous)
     state = restore(session, checkpoints)
@@ -128,9 +129,7 @@ def _announce(session: Session, state: TrainState, say: Callable[[str], None]) -
 def _fit(session: Session, checkpoints: CheckpointManager, state: TrainState, folder: RunFolder) -> bool:
     """Trains to the end; False if somebody asked to stop."""
     config, world = session.config, session.world
-    step: Step = TrainStep(
-        session.recommender, config.loss, session.optimizers, world, config.seed, config.trainer.micro_batches
-    )
+    step: Step = TrainStep(session.objective(), session.optimizers, world, config.trainer.micro_batches)
     with contextlib.ExitStack() as stack:
         if config.trainer.logging.sequences:
             step = stack.enter_context(contextlib.closing(SequenceLog(step, folder.sequences, world, state.step)))
@@ -148,6 +147,7 @@ def _fit(session: Session, checkpoints: CheckpointManager, state: TrainState, fo
             epochs=config.trainer.epochs,
             stop_epoch=config.trainer.stop_epoch,
             world=world,
+            workload=session.workload,
             peak_flops=job_peak_flops(config.trainer.peak_flops, config.trainer.precision, world),
             hooks=[
                 HeartbeatHook(),
@@ -190,6 +190,7 @@ def _test(session: Session, checkpoints: CheckpointManager, state: TrainState) -
         "test": session.evaluate(Split.TEST),
         "popularity": session.evaluate_popularity(Split.TEST),
         "world_size": session.world.size,
+        "dense_parameters": sum(parameter.numel() for parameter in session.recommender.tower.parameters()),
         "speed": training_averages(state, session.training_flops),
     }
     # empty if no reading was a number

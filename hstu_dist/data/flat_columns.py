@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from hstu_dist.data.schema import Manifest, file_hash
 from hstu_dist.errors import UserError
-from hstu_dist.files import sync, write_atomically
+from hstu_dist.files import write_atomically
 
 Ints = npt.NDArray[np.int64]
 Records = npt.NDArray[Any]
@@ -62,12 +62,17 @@ class FlatWriter:
         self._events.seek(event * EVENT.itemsize)
         self._events.write(records.data)
 
+    def sync(self) -> None:
+        """Put everything that was written on disk."""
+        for file in (self._offsets, self._events):
+            file.flush()
+            os.fsync(file.fileno())
+
     def close(self) -> None:
-        """Put everything on disk."""
+        """Finish the files."""
+        self.sync()
         for file in (self._offsets, self._events):
             file.close()
-        for name in (OFFSETS_FILE, EVENTS_FILE):
-            sync(self.folder / name)
 
 
 def write_index(folder: Path, hashes: Mapping[str, str]) -> None:

@@ -252,6 +252,8 @@ def _write_pass(
                 repeats += _repeats_in(rows, lengths)
             seconds = (rows["event_time"] // one.per_second).astype(np.int64)
             writer.write(lengths, {"item_ids": rows["item_id"], "timestamps": seconds, "actions": rows["action"]})
+    # a pass that is said to be finished must survive whatever ends this process
+    flat.sync()
     return asdict(repeats)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter, defaultdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,36 @@ def test_sequences_equal_the_plain_construction(events: list[Event]) -> None:
     assert as_dict(sequences) == plainly(events)
     assert list(as_dict(sequences)) == sorted({user for user, _, _ in events})
     assert sequences.items.to_pylist() == sorted({item for _, item, _ in events})
+
+
+@pytest.mark.parametrize("text", [False, True])
+@pytest.mark.parametrize(
+    "cleaning", [Cleaning(), Cleaning(duplicates=Duplicates.DROP, min_user_events=4, min_item_events=6)]
+)
+def test_many_passes_give_what_one_gives(text: bool, cleaning: Cleaning) -> None:
+    rng = np.random.default_rng(2)
+    users, items, times = rng.integers(-60, 60, 900), rng.integers(0, 90, 900), rng.integers(0, 40, 900)
+    names = [f"{'é' * (user % 3)}{user}" if text else user for user in users.tolist()]
+    table = table_of(list(zip(names, items.tolist(), times.tolist(), strict=True)))
+    # bytes, of which a pass needs some for every event
+    one, many = (build_sequences(table, cleaning, memory) for memory in (1 << 30, 20_000))
+    for field in fields(Sequences):
+        left, right = getattr(one, field.name), getattr(many, field.name)
+        assert left.equals(right) if isinstance(left, pa.Array) else np.array_equal(left, right)
+
+
+def test_repeats_are_counted_over_all_passes() -> None:
+    events = [(user, 1, 5) for user in range(200)] + [(user, 1, 5) for user in range(199, -1, -1)]
+    with pytest.raises(UserError, match=r"row 198: user 199, item 1, time 5 is there already \(200 such rows\)"):
+        build_sequences(table_of(events), Cleaning(duplicates=Duplicates.ERROR), memory=20_000)
+
+
+@pytest.mark.parametrize("minimum", [1, 2])
+def test_repeats_are_seen_also_where_rare_events_are_left_out(minimum: int) -> None:
+    events = [(1, 1, 5), (1, 1, 5), (2, 7, 1)]
+    cleaning = Cleaning(duplicates=Duplicates.ERROR, min_item_events=minimum)
+    with pytest.raises(UserError, match=r"a.csv row 2: user 1, item 1, time 5 is there already \(1 such rows\)"):
+        build_sequences(table_of(events), cleaning)
 
 
 def test_equal_times_keep_the_order_of_the_log() -> None:
