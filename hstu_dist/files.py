@@ -6,7 +6,7 @@ import errno
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -50,3 +50,24 @@ def sync(path: Path) -> None:
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error says that no more can be written."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class LineFile:
+    """A file that lines are added to; what a full disk refuses waits in memory for the next line."""
+
+    def __init__(self, path: Path) -> None:
+        """Adds to `path`, which is created if it is not there."""
+        # unbuffered: a buffer would raise again, and lose or repeat a part, whenever it is flushed
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
+
+    def add(self, line: str) -> None:
+        """Writes a line, after those that are waiting."""
+        self._waiting += line.encode() + b"\n"
+        with suppress(OSError):
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+
+    def close(self) -> None:
+        """Closes the file; lines that still wait are lost."""
+        self._file.close()

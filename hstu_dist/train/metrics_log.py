@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from hstu_dist.errors import UserError
-from hstu_dist.files import write_atomically
+from hstu_dist.files import LineFile, write_atomically
 from hstu_dist.train.config import LoggingConfig
 
 METRICS_FILE = "metrics.jsonl"
@@ -25,15 +25,14 @@ class MetricsLog:
         _drop_after(self._path, resume_step)
         # first, because it alone can fail: nothing is open yet
         self._wandb = None if config.wandb == "disabled" else _start_wandb(run_dir, config, run_config)
-        self._file = self._path.open("a")
+        self._file = LineFile(self._path)
         self._board = (
             SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1) if config.tensorboard else None
         )
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics at a step."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        self._file.add(json.dumps({"step": step, **values}))
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)

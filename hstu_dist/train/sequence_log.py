@@ -7,11 +7,11 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from hstu_dist.batch import JaggedBatch
 from hstu_dist.distributed.process_group import World
-from hstu_dist.files import write_atomically
+from hstu_dist.files import LineFile, write_atomically
 from hstu_dist.models.flops import Workload
 from hstu_dist.train.step import StepResult
 
@@ -29,7 +29,7 @@ class SequenceLog:
         """Wraps `step`; all ranks make one before the first step."""
         self._step = step
         self._path = folder / f"rank-{world.rank}.jsonl"
-        self._file: TextIO | None = None
+        self._file: LineFile | None = None
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             # also of ranks that this attempt has not; the others write after the first step, which needs rank 0
@@ -41,9 +41,9 @@ class SequenceLog:
         """The step."""
         result = self._step(batch, work, position)
         if self._file is None:
-            self._file = self._path.open("a", buffering=1)
+            self._file = LineFile(self._path)
         line = {"step": position[0], "refused": result.refusal is not None, "sequences": batch.row_ids.tolist()}
-        self._file.write(json.dumps(line) + "\n")
+        self._file.add(json.dumps(line))
         return result
 
     def close(self) -> None:

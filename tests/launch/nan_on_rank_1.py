@@ -8,9 +8,9 @@ from itertools import count
 from typing import Any
 
 from hstu_dist.__main__ import main
-from hstu_dist.train import retrieval
+from hstu_dist.train import step
 
-_true_loss = retrieval.softmax_loss
+_true_loss = step.TrainStep._accumulate
 _calls = count()
 
 
@@ -20,5 +20,5 @@ def _loss(*arguments: Any) -> Any:
 
 
 if __name__ == "__main__":
-    retrieval.softmax_loss = _loss
+    step.TrainStep._accumulate = _loss  # type: ignore[method-assign]
     sys.exit(main())

@@ -16,9 +16,7 @@ from hstu_dist.batch import JaggedBatch
 from hstu_dist.commands.session import Session
 from hstu_dist.data.split import Split
 from hstu_dist.distributed.process_group import process_group
-from hstu_dist.losses.softmax import softmax_loss
 from hstu_dist.models.flops import Workload
-from hstu_dist.train import retrieval
 from hstu_dist.train.step import TrainStep
 from tests.distributed.cases import build, snapshot, tiny_config, whole
 from tests.distributed.ranks import run_ranks
@@ -125,14 +123,15 @@ def test_weights_that_are_no_numbers_are_found_by_the_loss(tiny_data: Path) -> N
 
 def test_what_goes_wrong_once_is_computed_again(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = []
+    accumulate = TrainStep._accumulate
     for wrong in (-1, 2):
         session, step = step_of(tiny_data)
         calls = count()
 
-        def loss(*arguments: Any, calls: Any = calls, wrong: int = wrong) -> torch.Tensor:
-            return softmax_loss(*arguments) * (math.nan if next(calls) == wrong else 1.0)
+        def loss(self: TrainStep, *arguments: Any, calls: Any = calls, wrong: int = wrong) -> float:
+            return accumulate(self, *arguments) * (math.nan if next(calls) == wrong else 1.0)
 
-        monkeypatch.setattr("hstu_dist.train.retrieval.softmax_loss", loss)
+        monkeypatch.setattr(TrainStep, "_accumulate", loss)
         results = [step(batch, work_of(batch), (i, 16)) for i, batch in enumerate(session.loader(Split.TRAIN).epoch(0))]
         assert all(result.refusal is None for result in results)
         losses.append(([result.loss_sum for result in results], tensors_of(session)))
@@ -148,11 +147,11 @@ def refuses_alike(data: Path) -> tuple[list[str | None], float]:
         reasons: list[str | None] = []
         for number, batch in zip(range(3), session.loader(Split.TRAIN).epoch(0), strict=False):
             before = snapshot(session)
-            true_loss = retrieval.softmax_loss
+            true_loss = TrainStep._accumulate
             if number == 1 and world.rank == 1:
-                retrieval.softmax_loss = lambda *a, true_loss=true_loss: true_loss(*a) * math.nan
+                TrainStep._accumulate = lambda *a, true_loss=true_loss: true_loss(*a) * math.nan  # type: ignore
             refusal = step(batch, work_of(batch), (number, 16)).refusal
-            retrieval.softmax_loss = true_loss
+            TrainStep._accumulate = true_loss  # type: ignore[method-assign]
             reasons.append(None if refusal is None else refusal.reason)
             assert same(before, snapshot(session)) == (number == 1)
         return reasons, float(weight.detach().double().sum())
