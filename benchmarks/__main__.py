@@ -29,6 +29,7 @@ BENCHMARKS: Mapping[str, str] = {
     "checkpoint": "saving and loading 1 GB on two ranks against the disk, and how long training stands still",
     "kernels": "the Triton kernels compiled ahead of time: registers, spills, shared memory, roofline; needs no GPU",
     "plan": "the capacity planner: its time and memory, and its predictions against real ranks and towers",
+    "ranking": "HSTU against DLRM on MovieLens-1M at several seeds, and HSTU with one choice changed; an hour",
     "ml1m": "SASRec and HSTU on MovieLens-1M at several seeds: epoch chosen on validation, then a refit; hours",
     "external": "any other program beside this package's training step, on the same data and lengths",
     "all": "every benchmark but ml1m and external, a process each; continues after an interruption",

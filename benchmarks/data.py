@@ -179,7 +179,7 @@ def _balancing(quick: bool) -> tuple[list[Row], list[Ratio]]:
 
 def batch_costs(sequences: int, draws: int) -> Iterator[Floats]:
     """FLOPs of every sequence of a global batch."""
-    law = sequence_cost(_training_flops)
+    law = sequence_cost(lambda length: _training_flops(Workload.causal([length])), MODEL.max_length)
     for seed in range(draws):
         uniform = np.random.default_rng(seed).random(RANKS * sequences)
         yield law.of(power_law(uniform, 1.2, (1, 4096)))

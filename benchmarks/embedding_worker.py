@@ -109,7 +109,7 @@ def _train(tables: EmbeddingTables, ids: Tensor) -> None:
 def _measure_step(request: Request, world: World) -> Answer:
     config = compose(request.overrides)
     session = Session.build(config, world)
-    step = TrainStep(session.recommender, config.loss, session.optimizers, world, config.seed)
+    step = TrainStep(session.objective(), session.optimizers, world)
     batches = list(islice(session.loader(Split.TRAIN).epoch(0), request.steps))
     asked: list[Tensor] = []
     tables = session.recommender.tables

@@ -42,7 +42,8 @@ TARGETS: Mapping[str, Mapping[str, float]] = {
 """What the project holds each experiment to, in mean over the seeds."""
 
 _CURVE = ("ndcg@10", "hr@10")
-_CONFIGURATION = "configuration"
+CONFIGURATION = "configuration"
+"""Entry of a cell's versions that has its settings."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Run:
 
 def is_current(cell: Cell, folder: Path, config: RunConfig) -> bool:
     """Whether the cell's file exists and was measured with these settings; what does not matter may differ."""
-    return _matches(_load(cell, folder), config)
+    return matches(_load(cell, folder), config)
 
 
 def write_cell(cell: Cell, runs: tuple[Run, Run], folder: Path, command: str) -> None:
@@ -110,16 +111,16 @@ def write_cell(cell: Cell, runs: tuple[Run, Run], folder: Path, command: str) ->
     """
     chosen, refit = runs
     config = chosen.config
-    here = environment.describe(torch.device(_device(config)))
+    here = environment.describe(torch.device(device_of(config)))
     configuration = json.dumps(to_dict(config), separators=(",", ":"))
     measured = Results(
         name=cell.name,
         command=command,
         date=here.date,
-        commit=_commit(chosen, here.commit),
+        commit=commit_of(chosen, here.commit),
         device=here.device,
         threads=config.trainer.threads or cores_per_rank(config.nproc),
-        versions={**here.versions, _CONFIGURATION: configuration},
+        versions={**here.versions, CONFIGURATION: configuration},
         rows=tuple(_rows(cell.experiment, chosen, refit)),
     )
     write(measured, folder)
@@ -150,7 +151,7 @@ def write_summary(
             rows += [*_means(experiment, found), *_single(experiment, PUBLISHED, published)]
     # from the cells, so that writing it again changes nothing
     newest = max(everything, key=lambda results: results.date)
-    versions = {name: version for name, version in newest.versions.items() if name != _CONFIGURATION}
+    versions = {name: version for name, version in newest.versions.items() if name != CONFIGURATION}
     summary = replace(
         newest, name=NAME, command=command, versions=versions, rows=tuple(rows), ratios=tuple(_ratios(rows))
     )
@@ -164,7 +165,7 @@ def _cells(experiment: str, folder: Path, config_of: Callable[[Cell], RunConfig]
     for seed in sorted(int(seed) for seed in seeds if seed.isdecimal()):
         cell = Cell(experiment, seed)
         found = _load(cell, folder)
-        if found is not None and _matches(found, config_of(cell)):
+        if found is not None and matches(found, config_of(cell)):
             yield found
 
 
@@ -172,12 +173,13 @@ def _load(cell: Cell, folder: Path) -> Results | None:
     return load(cell.name, folder) if (folder / f"{cell.name}.json").exists() else None
 
 
-def _matches(measured: Results | None, config: RunConfig) -> bool:
+def matches(measured: Results | None, config: RunConfig) -> bool:
+    """Whether a cell was measured with these settings; what does not matter may differ."""
     if measured is None:
         return False
     try:
         # a setting that did not exist then gets its default; one that exists no more is refused
-        then = from_dict(json.loads(measured.versions[_CONFIGURATION]))
+        then = from_dict(json.loads(measured.versions[CONFIGURATION]))
     except (UserError, KeyError):
         return False
     same_length = then.trainer.epochs == config.trainer.epochs and then.trainer.stop_epoch == config.trainer.stop_epoch
@@ -256,12 +258,13 @@ def _ratios(rows: Sequence[Row]) -> Iterator[Ratio]:
             )
 
 
-def _device(config: RunConfig) -> str:
+def device_of(config: RunConfig) -> str:
+    """Cpu or cuda, where a run computes."""
     wanted = config.trainer.device
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
 
 
-def _commit(run: Run, now: str) -> str:
+def commit_of(run: Run, now: str) -> str:
     """The commit that trained; of the present one we know whether more than result files was changed."""
     trained = str(run.environment["commit"])
     if trained.removesuffix("-dirty") == now.removesuffix("+changes"):

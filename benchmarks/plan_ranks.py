@@ -24,6 +24,7 @@ from hstu_dist.models.tower import Tower
 from hstu_dist.plan.job import Job
 from hstu_dist.train.config import OptimizerConfig
 from hstu_dist.train.optimizer import Optimizers
+from hstu_dist.train.retrieval import RetrievalObjective
 from hstu_dist.train.step import TrainStep
 
 _LENGTH = 8
@@ -63,8 +64,8 @@ def held(kind: str, num_items: int) -> Held:
         # code, thread pools and communication buffers come with the first step
         _step(job_of(kind, 1000, world.size), world)
         before = _process_bytes()
-        step = _step(job_of(kind, num_items, world.size), world)
-        return Held(tensors=_tensor_bytes(step), process=_process_bytes() - before)
+        recommender, optimizers = _step(job_of(kind, num_items, world.size), world)
+        return Held(tensors=_tensor_bytes(recommender, optimizers), process=_process_bytes() - before)
 
 
 def saved_bytes(model: HSTUConfig | TransformerConfig, sequences: int) -> int:
@@ -94,14 +95,14 @@ def saved_bytes(model: HSTUConfig | TransformerConfig, sequences: int) -> int:
     return sum(x.untyped_storage().nbytes() for x in found.values())
 
 
-def _step(job: Job, world: World) -> TrainStep:
+def _step(job: Job, world: World) -> tuple[Recommender, Optimizers]:
     tables = build_tables(job.embedding, {ITEM: TableShape(job.num_items, job.model.width)}, world.device, 1)
     recommender = Recommender(tables, job.model, world.device, 1, DenseSettings())
     optimizers = Optimizers(recommender.tower, recommender.tables.optimizer, OptimizerConfig())
-    step = TrainStep(recommender, job.loss, optimizers, world, 1)
+    step = TrainStep(RetrievalObjective(recommender, job.loss, seed=1), optimizers, world)
     lengths = [_LENGTH] * job.sequences_of(world.size)
     step(_batch(lengths, job.num_items), Workload.causal(lengths * world.size), (0, 2))
-    return step
+    return recommender, optimizers
 
 
 def _batch(lengths: list[int], num_items: int) -> JaggedBatch:
@@ -118,8 +119,7 @@ def _batch(lengths: list[int], num_items: int) -> JaggedBatch:
     )
 
 
-def _tensor_bytes(step: TrainStep) -> int:
-    recommender, optimizers = step.recommender, step.optimizers
+def _tensor_bytes(recommender: Recommender, optimizers: Optimizers) -> int:
     states = recommender.tables.optimizer.state_tensors()
     states.pop("step", None)
     tables = [*recommender.tables.weights().values(), *states.values()]

@@ -109,7 +109,7 @@ def measure(request: Request) -> Answer | None:
     with process_group(config.trainer.device, config.trainer.timeout_seconds) as world:
         claim_machine(config.trainer.threads, world)
         session = Session.build(config, world)
-        step = TrainStep(session.recommender, config.loss, session.optimizers, world, config.seed)
+        step = TrainStep(session.objective(), session.optimizers, world)
         runner = _Runner(session, step, world)
         batches = list(islice(session.loader(Split.TRAIN).epoch(0), request.steps))
         for batch in batches:
@@ -138,9 +138,9 @@ def measure(request: Request) -> Answer | None:
 
 
 def _training_flops(session: Session, work: Workload) -> int:
-    loss = session.config.loss
+    model, loss = session.config.retrieval
     scores = session.dataset.num_items if isinstance(loss, FullSoftmaxConfig) else loss.num_negatives + 1
-    return count_flops(session.config.model, work, scores).training
+    return count_flops(model, work, scores).training
 
 
 class _Runner:

@@ -27,6 +27,7 @@ class JaggedBatch:
         row_ids: [B] int64, which sequence of the data set each one is; world-size-independent identity.
         trained: [T] bool, whether the target of each row counts in the loss; None: all do. Rows that do not count are
             context: a stream brings events that were targets before.
+        contextual: [B, C] int64, codes of the user's contextual features, for ranking; None: no features.
     """
 
     offsets: Tensor
@@ -37,6 +38,7 @@ class JaggedBatch:
     query_times: Tensor
     row_ids: Tensor
     trained: Tensor | None = None
+    contextual: Tensor | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -75,6 +77,8 @@ class JaggedBatch:
         cut: dict[str, Any] = {name: getattr(self, name)[start:stop] for name in tokens}
         if self.trained is not None:
             cut["trained"] = self.trained[start:stop]
+        if self.contextual is not None:
+            cut["contextual"] = self.contextual[first:last]
         return JaggedBatch(offsets=offsets - start, row_ids=self.row_ids[first:last], **cut)
 
     def to(self, device: torch.device) -> JaggedBatch:

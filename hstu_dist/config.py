@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -22,12 +22,13 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from hstu_dist.cluster import ClusterConfig
+from hstu_dist.data.config import DataSetConfig
 from hstu_dist.data.stream.config import FeedConfig, StreamConfig
 from hstu_dist.distributed.config import ITEM, EmbeddingConfig, TableShape
 from hstu_dist.errors import UserError
 from hstu_dist.files import write_atomically
-from hstu_dist.losses.config import LossConfig
-from hstu_dist.models.config import ModelConfig
+from hstu_dist.losses.config import LossConfig, MultiTaskConfig, SoftmaxConfig
+from hstu_dist.models.config import DLRMConfig, EncoderConfig, ModelConfig, RankingConfig, RetrievalConfig, TaskConfig
 from hstu_dist.plan.config import PlanConfig
 from hstu_dist.train.config import OptimizerConfig, TrainerConfig
 from hstu_dist.validation import STRICT, as_user_error
@@ -49,6 +50,7 @@ class RunConfig:
         output: folder of all runs.
         seed: of initialisation, shuffling, dropout and negatives.
         nproc: ranks of each machine.
+        task: what the model predicts.
         data, model, loss, embedding, optimizer, trainer, cluster: the parts, each described in its own class.
         plan: what `plan` assumes; training ignores it.
         published: figures of a paper to print beside the result, metric → value.
@@ -58,9 +60,10 @@ class RunConfig:
     output: str = "runs"
     seed: int = Field(default=1, ge=0)
     nproc: int = Field(default=2, gt=0)
+    task: TaskConfig = Field(default_factory=RetrievalConfig)
     data: FeedConfig
-    model: ModelConfig
-    loss: LossConfig
+    model: Annotated[ModelConfig, Field(discriminator="kind")]
+    loss: Annotated[LossConfig, Field(discriminator="kind")]
     embedding: EmbeddingConfig
     optimizer: OptimizerConfig
     trainer: TrainerConfig
@@ -69,13 +72,51 @@ class RunConfig:
     published: dict[str, float] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.model.max_length < self.data.max_length:
+        self._check_task()
+        if not isinstance(self.model, DLRMConfig) and self.model.max_length < self.data.max_length:
             raise ValueError(
                 f"model.max_length: got {self.model.max_length}, "
                 f"expected at least data.max_length ({self.data.max_length})"
             )
         self._check_tables()
         _check_feed(self)
+
+    def _check_task(self) -> None:
+        ranking = isinstance(self.task, RankingConfig)
+        heads = self.loss.heads if isinstance(self.loss, MultiTaskConfig) else ()
+        if ranking != bool(heads):
+            wanted = "multi_task" if ranking else "sampled_softmax or full_softmax"
+            raise ValueError(f"loss: got {self.loss.kind}, expected {wanted} for task={self.task.kind}")
+        if isinstance(self.model, DLRMConfig) and not ranking:
+            raise ValueError("model: got dlrm, expected hstu or sasrec for task=retrieval")
+        monitor, monitors = self.trainer.evaluation.monitor, [name for head in heads for name in head.monitors]
+        if ("/" in monitor or ranking) and monitor not in monitors:
+            wanted = ", ".join(monitors) or "hr@K, ndcg@K or mrr"
+            raise ValueError(
+                f"trainer.evaluation.monitor: got {monitor}, expected one of {wanted} for task={self.task.kind}"
+            )
+
+    @property
+    def prepared(self) -> DataSetConfig:
+        """The prepared data set of a run that trains on one.
+
+        Raises:
+            UserError: it trains on a stream.
+        """
+        if isinstance(self.data, StreamConfig):
+            raise UserError("data: got a stream, expected a prepared data set here", "choose another run")
+        return self.data
+
+    @property
+    def retrieval(self) -> tuple[EncoderConfig, SoftmaxConfig]:
+        """Model and loss of a retrieval run.
+
+        Raises:
+            UserError: it is none.
+        """
+        if isinstance(self.model, DLRMConfig) or isinstance(self.loss, MultiTaskConfig):
+            raise UserError(f"task: got {self.task.kind}, expected retrieval here", "choose a retrieval run")
+        return self.model, self.loss
 
     def _check_tables(self) -> None:
         any_shape = TableShape(1, 1)
@@ -111,6 +152,7 @@ def _check_feed(config: RunConfig) -> None:
             raise ValueError("trainer.epochs: got null, expected a number of passes over the data set")
         return
     for key, got, expected in (
+        ("task", config.task.kind, "retrieval"),
         ("trainer.epochs", trainer.epochs, None),
         ("trainer.train_on", trainer.train_on, "train"),
         ("trainer.evaluation.every_epochs", trainer.evaluation.every_epochs, 1),

@@ -6,15 +6,19 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from hstu_dist.actions import action_fields
 from hstu_dist.config import RunConfig
-from hstu_dist.data.config import DataSetConfig, prepare_command
+from hstu_dist.data.config import prepare_command
+from hstu_dist.data.contextual import check_contextual
 from hstu_dist.data.schema import Manifest, load_manifest
 from hstu_dist.data.stream.config import StreamConfig
 from hstu_dist.data.stream.source import check_reachable
 from hstu_dist.distributed.config import ITEM, TableShape, TableSpec
 from hstu_dist.distributed.table_plan import configured_plan, plan_of_settings
 from hstu_dist.errors import UserError
+from hstu_dist.losses.config import LossConfig, MultiTaskConfig
 from hstu_dist.machine import memory_per_rank
+from hstu_dist.models.config import RankingConfig
 from hstu_dist.run_folder import RunFolder
 
 _CHECKPOINTS_AT_ONCE = 3
@@ -42,7 +46,7 @@ def preflight(config: RunConfig, world_size: int) -> Manifest | None:
         check_reachable(config.data.path)
         manifest, num_items = None, config.data.num_items
     else:
-        manifest = _prepared(config.data)
+        manifest = _prepared(config)
         num_items = manifest.num_items
     config.trainer.parallel.check(world_size)
     check_micro_batches(config, world_size)
@@ -54,14 +58,17 @@ def preflight(config: RunConfig, world_size: int) -> Manifest | None:
     return manifest
 
 
-def _prepared(data: DataSetConfig) -> Manifest:
-    """The manifest of a data set that leave-one-out training can use.
+def _prepared(config: RunConfig) -> Manifest:
+    """The manifest of a data set that the task can use.
 
     Raises:
-        UserError: it is not prepared, or all of its sequences are too short.
+        UserError: it is not prepared, or does not serve the task.
     """
+    data = config.prepared
     manifest = load_manifest(Path(data.path), prepare_command(data))
-    if manifest.max_length < _LEAST_EVENTS:
+    if isinstance(config.task, RankingConfig):
+        check_ranking(config.task, config.loss, manifest)
+    elif manifest.max_length < _LEAST_EVENTS:
         raise UserError(
             f"data set {data.path}: its longest sequence has {manifest.max_length} events, "
             f"leave-one-out training needs at least {_LEAST_EVENTS}",
@@ -87,6 +94,22 @@ def check_micro_batches(config: RunConfig, world_size: int) -> None:
             f"trainer.micro_batches: got {parts}, but a rank's share of a step has {share:g} sequences",
             f"use at most {max(1, int(share))}, fewer ranks or a larger trainer.global_batch_size",
         )
+
+
+def check_ranking(task: RankingConfig, loss: LossConfig, manifest: Manifest) -> None:
+    """Whether a data set has the columns that a ranking run names.
+
+    Raises:
+        UserError: names the one that is missing.
+    """
+    known = [field.name for field in action_fields(manifest.action_fields)]
+    for head in loss.heads if isinstance(loss, MultiTaskConfig) else ():
+        if head.column not in known:
+            raise UserError(
+                f"head {head.name}: got column {head.column}, the data set {manifest.name} has {', '.join(known)}",
+                "set its column, or prepare the data with data.action_columns={NAME: BITS}",
+            )
+    check_contextual(manifest, task.contextual)
 
 
 def check_plan(config: RunConfig, num_items: int, world_size: int) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.rated import write_rated_dataset
 from tests.tiny import write_tiny_dataset
 
 
@@ -33,3 +34,9 @@ def poisoned_memory() -> Iterator[None]:
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared data set of 60 users and 40 items."""
     return write_tiny_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def rated_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared data set of 40 users who rate 30 items."""
+    return write_rated_dataset(tmp_path_factory.mktemp("data"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hstu_dist.checkpoint.manager import CheckpointManager
-from hstu_dist.commands.session import Session
+from hstu_dist.commands.sessions import open_session
 from hstu_dist.config import RunConfig
 from hstu_dist.data.split import Split
 from hstu_dist.data.stream.config import StreamConfig
@@ -34,7 +34,7 @@ def evaluate_run(config: RunConfig, split: Split, say: Callable[[str], None]) ->
         claim_machine(config.trainer.threads, world)
         claim_precision(config.trainer.precision, world.device)
         checkpoints = CheckpointManager(RunFolder(config.run_dir).checkpoints, config.trainer.checkpoint.keep)
-        session = Session.build(config, world)
+        session = open_session(config, world)
         loaded = checkpoints.load_newest(session.tensors(), set_aside=False)
         if loaded is None:
             raise UserError(f"run {config.run_dir}: got no checkpoint", "train it first with the same settings")
@@ -47,4 +47,4 @@ def evaluate_run(config: RunConfig, split: Split, say: Callable[[str], None]) ->
         if world.is_main:
             say(f"run {config.run_dir}, step {best}, {split} split:")
             for name, value in values.items():
-                say(f"{name:>10} {value:.4f}")
+                say(f"{name:>16} {value:.4f}")

@@ -67,19 +67,13 @@ class Run:
                 path, resume_step = self.folder.path, self.state.step
                 log = stack.enter_context(MetricsLog(path, config.trainer.logging, to_dict(config), resume_step))
             trainer = Trainer(
-                step=TrainStep(
-                    session.recommender,
-                    config.loss,
-                    session.optimizers,
-                    world,
-                    config.seed,
-                    config.trainer.micro_batches,
-                ),
+                step=TrainStep(session.objective(), session.optimizers, world, config.trainer.micro_batches),
                 loader=loader,
                 state=self.state,
                 epochs=config.trainer.epochs,
                 stop_epoch=config.trainer.stop_epoch,
                 world=world,
+                workload=session.workload,
                 peak_flops=job_peak_flops(config.trainer.peak_flops, config.trainer.precision, world),
                 hooks=[
                     LogHook(config.trainer.logging, log, session.training_flops),

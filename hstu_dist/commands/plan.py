@@ -92,9 +92,10 @@ def job_of(config: RunConfig) -> Job:
             f"plan.mean_length: got {length}, expected at most data.max_length ({config.data.max_length})",
             "correct it in YAML or as key=value",
         )
+    model, loss = config.retrieval
     job = Job(
-        model=config.model,
-        loss=config.loss,
+        model=model,
+        loss=loss,
         embedding=config.embedding,
         num_items=items,
         global_batch_size=config.trainer.global_batch_size,

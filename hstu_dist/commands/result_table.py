@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hstu_dist.config import RunConfig
+from hstu_dist.models.config import RankingConfig
 
 
 def finished_report(config: RunConfig, result: dict[str, Any]) -> str:
@@ -25,7 +26,8 @@ def result_table(config: RunConfig, result: dict[str, Any]) -> str:
         result: what the run wrote to result.json.
     """
     reference = result.get("reference_protocol")
-    columns = {config.model.kind: result["test"], "popularity": result["popularity"], "published": config.published}
+    simple = "item averages" if isinstance(config.task, RankingConfig) else "popularity"
+    columns = {config.model.kind: result["test"], simple: result["popularity"], "published": config.published}
     if reference:
         columns[f"best test epoch ({reference['best_epoch']})*"] = reference["test"]
     table = Table()

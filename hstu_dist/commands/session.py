@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 from hstu_dist.config import RunConfig
 from hstu_dist.data.balance import CostLaw
@@ -13,21 +13,24 @@ from hstu_dist.data.config import BatchingConfig, LoaderConfig
 from hstu_dist.data.dataset import SequenceDataset
 from hstu_dist.data.loader import BatchLoader, Shard, popularity
 from hstu_dist.data.split import Split
-from hstu_dist.data.stream.config import StreamConfig
 from hstu_dist.distributed.parallel import DenseSettings
 from hstu_dist.distributed.planner import build_tables
 from hstu_dist.distributed.process_group import World
+from hstu_dist.distributed.ranker import Ranker
 from hstu_dist.distributed.recommender import Recommender
-from hstu_dist.models.flops import Workload, count_flops
+from hstu_dist.distributed.tables import EmbeddingTables
+from hstu_dist.models.flops import Workload, count_flops, encoder_work
 from hstu_dist.preflight import memory_limit, table_shapes
 from hstu_dist.train.average import WeightAverage
 from hstu_dist.train.evaluate import evaluate, evaluate_popularity
 from hstu_dist.train.optimizer import Optimizers
+from hstu_dist.train.retrieval import RetrievalObjective
+from hstu_dist.train.step import Objective
 
 
 @dataclass(frozen=True)
 class ModelSession:
-    """The model of a run, whatever it trains on.
+    """The model of a run, whatever it trains on; a retrieval model, unless a subclass says otherwise.
 
     Attributes:
         config: the run.
@@ -39,19 +42,35 @@ class ModelSession:
 
     config: RunConfig
     world: World
-    recommender: Recommender
+    recommender: Recommender | Ranker
     optimizers: Optimizers
-    average: WeightAverage | None
+    average: WeightAverage | None = None
 
     @property
     def shard(self) -> Shard:
         """This rank's share of every global batch."""
         return Shard(rank=self.world.rank, world_size=self.world.size)
 
+    def objective(self) -> Objective:
+        """What a step minimises."""
+        _, loss = self.config.retrieval
+        return RetrievalObjective(self.retriever, loss, self.config.seed)
+
+    @property
+    def retriever(self) -> Recommender:
+        """The model of a retrieval run."""
+        assert isinstance(self.recommender, Recommender)
+        return self.recommender
+
+    def workload(self, lengths: Sequence[int]) -> Workload:
+        """Work of sequences of so many inputs."""
+        model, _ = self.config.retrieval
+        return encoder_work(model, lengths)
+
     def training_flops(self, work: Workload) -> int:
         """FLOPs that training on a batch needs: forward and backward of the tower and the loss."""
-        scores_per_token = self.config.loss.scores_per_token(self.recommender.num_items)
-        return count_flops(self.config.model, work, scores_per_token).training
+        model, loss = self.config.retrieval
+        return count_flops(model, work, loss.scores_per_token(self.retriever.num_items)).training
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the model's weights are those to be used: their average where there is one."""
@@ -76,12 +95,11 @@ class Session(ModelSession):
         dataset: what it trains on.
     """
 
-    dataset: SequenceDataset
+    dataset: SequenceDataset = field(kw_only=True)
 
     @classmethod
-    def build(cls, config: RunConfig, world: World) -> Session:
+    def build(cls, config: RunConfig, world: World) -> Self:
         """Opens the data and builds the model, the same at any world size for a seed."""
-        assert not isinstance(config.data, StreamConfig)
         dataset = SequenceDataset.open(config.data.path)
         return cls(**vars(build_model(config, world, dataset.num_items)), dataset=dataset)
 
@@ -91,11 +109,14 @@ class Session(ModelSession):
         return Split(self.config.trainer.train_on)
 
     def loader(self, split: Split) -> BatchLoader:
-        """This rank's batches of a split: shuffled for training, in order for evaluation."""
+        """This rank's batches of a split."""
+        return BatchLoader(self.dataset, self.loader_config(split), self.shard)
+
+    def loader_config(self, split: Split) -> LoaderConfig:
+        """How a split is fed: shuffled for training, in order for evaluation."""
         training = split in (Split.TRAIN, Split.TRAIN_VALIDATION)
-        trainer, data = self.config.trainer, self.config.data
-        assert not isinstance(data, StreamConfig)
-        settings = LoaderConfig(
+        trainer, data = self.config.trainer, self.config.prepared
+        return LoaderConfig(
             split=split,
             global_batch_size=trainer.global_batch_size if training else trainer.evaluation.batch_size,
             max_length=data.max_length,
@@ -103,16 +124,15 @@ class Session(ModelSession):
             seed=self.config.seed,
             shuffle=training,
             batching=trainer.batching if training else BatchingConfig(),
-            cost=sequence_cost(self.training_flops),
+            cost=sequence_cost(lambda n: self.training_flops(self.workload([n])), data.max_length),
             stochastic_length=data.stochastic_length if training else None,
             emission=trainer.emission if training else None,
         )
-        return BatchLoader(self.dataset, settings, self.shard)
 
     def evaluate(self, split: Split) -> dict[str, float]:
         """Metrics of the current weights on a split, or of their average where there is one."""
         with self.averaged():
-            return evaluate(self.recommender, self.loader(split).epoch(0), self.config.trainer.evaluation.cutoffs)
+            return evaluate(self.retriever, self.loader(split).epoch(0), self.config.trainer.evaluation.cutoffs)
 
     def evaluate_popularity(self, split: Split) -> dict[str, float]:
         """Metrics of the popularity baseline on a split."""
@@ -121,26 +141,40 @@ class Session(ModelSession):
 
 
 def build_model(config: RunConfig, world: World, num_items: int) -> ModelSession:
-    """The model with a table of `num_items` rows, the same at any world size for a seed."""
-    tables = build_tables(
-        config.embedding, table_shapes(config, num_items), world.device, config.seed, memory_limit(config)
-    )
-    dense = DenseSettings(parallel=config.trainer.parallel, precision=config.trainer.precision)
-    recommender = Recommender(tables, config.model, world.device, config.seed, dense)
+    """A retrieval model with a table of `num_items` rows, the same at any world size for a seed."""
+    model, _ = config.retrieval
+    tables, dense = open_tables(config, num_items, world), dense_settings(config)
+    recommender = Recommender(tables, model, world.device, config.seed, dense)
     optimizers = Optimizers(recommender.tower, recommender.tables.optimizer, config.optimizer)
-    decay = config.optimizer.average_decay
-    average = None if decay is None else WeightAverage(_weights(recommender), decay)
+    average = average_of(recommender, config.optimizer.average_decay)
     return ModelSession(config, world, recommender, optimizers, average)
 
 
-def _weights(recommender: Recommender) -> dict[str, Any]:
+def open_tables(config: RunConfig, num_items: int, world: World) -> EmbeddingTables:
+    """The tables that a run's model looks up, sharded over the ranks."""
+    shapes = table_shapes(config, num_items)
+    return build_tables(config.embedding, shapes, world.device, config.seed, memory_limit(config))
+
+
+def dense_settings(config: RunConfig) -> DenseSettings:
+    """How a run's tower is shared and computed."""
+    return DenseSettings(parallel=config.trainer.parallel, precision=config.trainer.precision)
+
+
+def average_of(recommender: Recommender | Ranker, decay: float | None) -> WeightAverage | None:
+    """The moving average of a model's weights; None: there is no decay."""
+    return None if decay is None else WeightAverage(_weights(recommender), decay)
+
+
+def _weights(recommender: Recommender | Ranker) -> dict[str, Any]:
     """Weights of tower and table under the names that checkpoints use."""
     flat: dict[str, Any] = {f"tower.{name}": value for name, value in recommender.tower.state_dict().items()}
     return flat | {f"table.{name}": value for name, value in recommender.tables.weights().items()}
 
 
-def sequence_cost(flops: Callable[[Workload], int]) -> CostLaw:
-    """FLOPs of one sequence by its length, from those of a batch."""
-    token, pair = flops(Workload(tokens=1)), flops(Workload(attention_pairs=1))
-    # n (n + 1) / 2 pairs
-    return CostLaw(linear=token + pair / 2, quadratic=pair / 2)
+def sequence_cost(flops: Callable[[int], int], longest: int) -> CostLaw:
+    """The law a·n + b·n² through the FLOPs of a sequence of the longest length and of half of it."""
+    half = max(1, longest // 2)
+    whole = 2 * half
+    quadratic = (flops(whole) / whole - flops(half) / half) / half
+    return CostLaw(linear=flops(half) / half - quadratic * half, quadratic=quadratic)

@@ -57,7 +57,7 @@ def train_stream(config: RunConfig, world: World, folder: RunFolder, say: Callab
         feed = Feed(_loader(session, archive), follower)
 
         def evaluation(log: MetricsLog | None) -> list[PrequentialHook]:
-            return [PrequentialHook(feed, session.recommender, session.averaged, config.trainer.evaluation, log)]
+            return [PrequentialHook(feed, session.retriever, session.averaged, config.trainer.evaluation, log)]
 
         retention = RetentionHook(archive, world, lambda: oldest_epoch(run.checkpoints))
         trainer = run.fit(feed.loader, evaluation, [retention])
@@ -89,7 +89,7 @@ def _loader(session: ModelSession, archive: Archive) -> WindowLoader:
         max_length=config.data.max_length,
         seed=config.seed,
         batching=config.trainer.batching,
-        cost=sequence_cost(session.training_flops),
+        cost=sequence_cost(lambda n: session.training_flops(session.workload([n])), config.data.max_length),
         emission=config.trainer.emission,
     )
     return WindowLoader(archive, settings, session.shard)

@@ -14,6 +14,7 @@ from hstu_dist.commands.embedding_table import embedding_table
 from hstu_dist.commands.fitting import Run
 from hstu_dist.commands.result_table import finished_report, result_table
 from hstu_dist.commands.session import Session
+from hstu_dist.commands.sessions import open_session
 from hstu_dist.commands.stream import train_stream
 from hstu_dist.config import RunConfig
 from hstu_dist.data.split import Split
@@ -74,7 +75,7 @@ def _locked(folder: RunFolder, world: World) -> Iterator[None]:
 
 
 def _run(config: RunConfig, world: World, folder: RunFolder, say: Callable[[str], None]) -> None:
-    session = Session.build(config, world)
+    session = open_session(config, world)
     run = Run.restored(session, folder)
     if world.is_main:
         _announce(session, run.state, say)
@@ -127,6 +128,7 @@ def _test(session: Session, checkpoints: CheckpointManager, state: TrainState) -
         "test": session.evaluate(Split.TEST),
         "popularity": session.evaluate_popularity(Split.TEST),
         "world_size": session.world.size,
+        "dense_parameters": sum(parameter.numel() for parameter in session.recommender.tower.parameters()),
         "speed": training_averages(state, session.training_flops),
     }
     # empty if no reading was a number

@@ -7,7 +7,7 @@ stay different ids).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntFlag
 from typing import Any, NoReturn
@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hstu_dist.actions import ActionField
 from hstu_dist.data.config import TimestampUnit
 from hstu_dist.errors import UserError
 
@@ -104,6 +105,21 @@ def actions_of(column: Column) -> npt.NDArray[np.int32]:
     actions: npt.NDArray[np.int64] = values.to_numpy(zero_copy_only=False)
     column.reject_any(pa.array((actions < 0) | (actions >= 2**31)), "an action in [0, 2^31)", remedy)
     return actions.astype(np.int32)
+
+
+def packed_actions(columns: Sequence[Column], fields: Sequence[ActionField]) -> npt.NDArray[np.int32]:
+    """[E] int32, the action words of one column for each field.
+
+    Raises:
+        UserError: as `actions_of`, or a number that its field cannot hold.
+    """
+    words: npt.NDArray[np.int32] = np.zeros(len(columns[0].values), dtype=np.int32)
+    for column, field in zip(columns, fields, strict=True):
+        values = actions_of(column)
+        remedy = f"give {field.name} more bits in data.action_columns, or correct the column"
+        column.reject_any(pa.array(values > field.largest), f"a number of {field.bits} bits", remedy)
+        words |= values << field.shift
+    return words
 
 
 def reading_of(values: pa.ChunkedArray) -> Reading:

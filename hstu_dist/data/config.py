@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from hstu_dist.actions import action_fields
 from hstu_dist.data.balance import CostLaw
-from hstu_dist.data.split import Split
+from hstu_dist.data.split import Moments, Split
 from hstu_dist.validation import STRICT
 
 
@@ -95,6 +96,10 @@ class EventsConfig:
         item_column: int64 or text ids.
         timestamp_column: integers, floats, or dates (UTC, whose unit comes from the column).
         action_column: integers in [0, 2^31); None: every action is 0.
+        action_columns: several of them instead, name → bits that its numbers take, 31 in all; an event stores them
+            packed into one number, and heads of task=ranking name them.
+        user_features: a file, a folder or a glob with what is known of the users, one row each; None: nothing is.
+        contextual_columns: of `user_features`, integers or text; task.contextual names them.
         timestamp_unit: unit of a numeric timestamp column; stored are whole seconds, ordered is by the full value.
         duplicates: what to do with repeated (user, item, timestamp).
         min_user_events: users with fewer events are left out.
@@ -111,6 +116,9 @@ class EventsConfig:
     item_column: str = Field(default="item_id", min_length=1)
     timestamp_column: str = Field(default="timestamp", min_length=1)
     action_column: str | None = None
+    action_columns: dict[str, int] = Field(default_factory=dict)
+    user_features: str | None = None
+    contextual_columns: tuple[str, ...] = ()
     timestamp_unit: TimestampUnit = TimestampUnit.S
     duplicates: Duplicates = Duplicates.ERROR
     min_user_events: int = Field(default=1, ge=1)
@@ -121,6 +129,27 @@ class EventsConfig:
         columns = [self.user_column, self.item_column, self.timestamp_column, self.action_column]
         if len(set(columns)) != len(columns):
             raise ValueError(f"user, item, timestamp and action column: got {columns}, expected four different names")
+        self._check_actions(columns)
+        self._check_features()
+
+    def _check_actions(self, columns: list[str | None]) -> None:
+        if not self.action_columns:
+            return
+        if self.action_column is not None:
+            raise ValueError(f"action_column: got {self.action_column}, expected null beside action_columns")
+        action_fields(self.action_columns)
+        twice = set(self.action_columns) & set(columns)
+        if twice:
+            raise ValueError(f"action_columns: got {', '.join(sorted(twice))}, expected columns of their own")
+
+    def _check_features(self) -> None:
+        names = self.contextual_columns
+        if (self.user_features is None) != (not names):
+            raise ValueError(
+                f"contextual_columns: got {list(names)} with user_features {self.user_features}, expected both or none"
+            )
+        if len({*names, self.user_column, "user"}) != len(names) + len({self.user_column, "user"}):
+            raise ValueError(f"contextual_columns: got {list(names)}, expected different names, none of them user")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -275,6 +304,7 @@ class LoaderConfig:
         cost: work of a sequence by its length, what batching by FLOPs and balancing go by.
         stochastic_length: random subsequences; None: whole histories.
         emission: which sequences an epoch has; None: all of them.
+        moments: split by time, every event with its own action as the target; None: leave-one-out.
     """
 
     split: Split
@@ -287,6 +317,7 @@ class LoaderConfig:
     cost: CostLaw = Field(default_factory=CostLaw)
     stochastic_length: StochasticLengthConfig | None = None
     emission: EmissionConfig | None = None
+    moments: Moments | None = None
 
 
 def prepare_command(config: DataSetConfig) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -20,7 +20,18 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from hstu_dist.data.columns import Column, Reading, actions_of, ids_of, is_text, reading_of, reject_times, times_of
+from hstu_dist.actions import action_fields
+from hstu_dist.data.columns import (
+    Column,
+    Reading,
+    actions_of,
+    ids_of,
+    is_text,
+    packed_actions,
+    reading_of,
+    reject_times,
+    times_of,
+)
 from hstu_dist.data.config import Duplicates, EventsConfig
 from hstu_dist.data.log_files import LogFile, find_files, fingerprints, is_hash
 from hstu_dist.errors import UserError
@@ -149,9 +160,8 @@ class EventLog:
         """
         config = self.config
         names = [config.user_column, config.item_column, config.timestamp_column]
-        names += [config.action_column] if config.action_column is not None else []
-        tables = [_column_table(file, names, scratch / f"{index}.parquet") for index, file in enumerate(self.files)]
-        _check_same_types(tables)
+        names += [config.action_column] if config.action_column is not None else [*config.action_columns]
+        tables = column_tables(self.files, names, scratch)
         log = OpenLog(config=config, tables=tables)
         if log.num_events == 0:
             raise UserError(f"{config.input}: has no events", "check data.input")
@@ -243,13 +253,12 @@ class OpenLog:
                 shown = f"{int(latest):,} s since 1970"
                 _log.warning("%s: a time is %s; is data.timestamp_unit right?", config.timestamp_column, shown)
                 plausible = False
-            action = config.action_column
             yield EventTable(
                 users=ids_of(columns[config.user_column]),
                 items=ids_of(columns[config.item_column]),
                 order_times=times,
                 per_second=per_second,
-                actions=np.zeros(len(times), dtype=np.int32) if action is None else actions_of(columns[action]),
+                actions=self._actions(columns, len(times)),
                 origin=self.origin,
                 first_row=start,
             )
@@ -275,6 +284,14 @@ class OpenLog:
             raise
         return pa.concat_arrays(pieces)
 
+    def _actions(self, columns: Mapping[str, Column], count: int) -> npt.NDArray[np.int32]:
+        config = self.config
+        if config.action_column is not None:
+            return actions_of(columns[config.action_column])
+        if config.action_columns:
+            return packed_actions([columns[n] for n in config.action_columns], action_fields(config.action_columns))
+        return np.zeros(count, dtype=np.int32)
+
     def _batches(self) -> Iterator[tuple[int, pa.RecordBatch]]:
         start = 0
         for table in self.tables:
@@ -295,6 +312,22 @@ class OpenLog:
         for column in self._columns(name):
             first = column.values[0] if first is None and len(column.values) else first
             reject_times(column, first)
+
+
+def column_tables(files: Sequence[LogFile], names: list[str], scratch: Path) -> list[ColumnTable]:
+    """The named columns of files of one format and the same types.
+
+    Args:
+        files: CSV or Parquet.
+        names: of the columns.
+        scratch: an empty folder; CSV files are copied into it as columns of text.
+
+    Raises:
+        UserError: names the file and column that cannot be used.
+    """
+    tables = [_column_table(file, names, scratch / f"{index}.parquet") for index, file in enumerate(files)]
+    _check_same_types(tables)
+    return tables
 
 
 def _column_table(file: LogFile, names: list[str], copy: Path) -> ColumnTable:
@@ -367,7 +400,7 @@ def _check_columns(file: LogFile, existing: list[str], wanted: list[str]) -> Non
             how = "is missing" if name not in existing else "is there more than once"
             raise UserError(
                 f"{file.shown}: column '{name}' {how}, the file has {', '.join(existing)}",
-                "set data.user_column, data.item_column, data.timestamp_column and data.action_column",
+                "set data.user_column, data.item_column, data.timestamp_column and data.action_column(s)",
             )
 
 

@@ -17,7 +17,7 @@ from hstu_dist.data.balance import Imbalance
 from hstu_dist.data.config import LoaderConfig
 from hstu_dist.data.dataset import Ints, SequenceDataset
 from hstu_dist.data.epoch import EpochLayout, EpochPlanner
-from hstu_dist.data.split import Split, part_lengths, split_rows
+from hstu_dist.data.split import Split, part_lengths, split_rows, time_rows
 from hstu_dist.data.stochastic_length import History, spans
 
 _SEQUENCES_AT_ONCE = 1 << 16
@@ -46,11 +46,23 @@ class BatchLoader:
     epoch, on exactly one rank. The last global batch may be smaller, and a rank's share of any batch empty.
     """
 
-    def __init__(self, dataset: SequenceDataset, config: LoaderConfig, shard: Shard | None = None) -> None:
+    def __init__(
+        self,
+        dataset: SequenceDataset,
+        config: LoaderConfig,
+        shard: Shard | None = None,
+        contextual: Ints | None = None,
+    ) -> None:
+        """Lays the split out; `contextual` [S, C] int64, if given, has the codes of every user's features."""
         self.dataset = dataset
         self.config = config
         self.shard = shard or Shard()
-        self._rows = split_rows(dataset.lengths, config.split, config.max_length)
+        self.contextual = contextual
+        if config.moments is None:
+            self._rows = split_rows(dataset.lengths, config.split, config.max_length)
+        else:
+            where = dataset.offsets, dataset.timestamps
+            self._rows = time_rows(*where, config.moments, config.split, config.max_length)
         self._planner = EpochPlanner(self._rows, config)
         self._latest: EpochLayout | None = None
 
@@ -95,11 +107,12 @@ class BatchLoader:
     def _gather(self, layout: EpochLayout, rows: Ints) -> JaggedBatch:
         data = self.dataset
         sequences, kept = self._rows.sequences[rows], layout.lengths[rows]
-        # every history with the last target, which follows it
-        sizes = self._rows.lengths[rows] + 1
+        # every history with the last target, which follows it; by time, the last input stands for itself
+        ahead = 1 if self.config.moments is None else 0
+        sizes = self._rows.lengths[rows] + ahead
         read = data.read(data.offsets[sequences] + layout.starts[rows], sizes)
         ends = np.cumsum(sizes)
-        history = History(sequences=sequences, firsts=ends - sizes, lengths=sizes - 1, kept=kept)
+        history = History(sequences=sequences, firsts=ends - sizes, lengths=sizes - ahead, kept=kept)
         law = self._planner.stochastic_length
         inputs = spans(history.firsts, kept) if law is None else law.events(history, read.timestamps, layout.epoch)
         offsets = np.concatenate(([0], np.cumsum(kept)))
@@ -113,6 +126,7 @@ class BatchLoader:
             target_ids=torch.from_numpy(_following(items, lasts, read.item_ids)),
             query_times=torch.from_numpy(_following(times, lasts, read.timestamps)),
             row_ids=torch.from_numpy(sequences),
+            contextual=None if self.contextual is None else torch.from_numpy(self.contextual[sequences]),
         )
 
 

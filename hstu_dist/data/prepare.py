@@ -23,12 +23,21 @@ from hstu_dist.data.config import (
 from hstu_dist.data.engine import Engine
 from hstu_dist.data.events import EventLog, Origin
 from hstu_dist.data.flat_columns import write_index
-from hstu_dist.data.schema import ITEMS_FILE, MANIFEST_FILE, USERS_FILE, Manifest, file_hash, load_manifest
+from hstu_dist.data.schema import (
+    CONTEXT_FILE,
+    ITEMS_FILE,
+    MANIFEST_FILE,
+    USERS_FILE,
+    Manifest,
+    file_hash,
+    load_manifest,
+)
 from hstu_dist.data.sequences import Cleaning, Log, build_sequences
 from hstu_dist.data.sources import MovieLens
 from hstu_dist.data.staging import Staged, engine_memory, stage
 from hstu_dist.data.statistics import describe
 from hstu_dist.data.synthetic import SyntheticZipf
+from hstu_dist.data.user_features import UserFeatures, features_fingerprint
 from hstu_dist.data.workspace import Workspace, workspace
 from hstu_dist.data.writer import exclusive, link, os_errors_of, replacing, write_sequences
 from hstu_dist.errors import UserError
@@ -36,7 +45,9 @@ from hstu_dist.files import write_atomically
 from hstu_dist.machine import memory_per_rank
 
 # settings that say where things are and how they are read, not what is in the data set
-_NOT_CONTENT = {"kind", "path", "max_length", "stochastic_length", "input", "archive", "source"}
+_NOT_CONTENT = {"kind", "path", "max_length", "window", "stochastic_length", "input", "archive", "source"}
+# what the manifest says in fields of its own
+_APART = {"action_columns", "user_features", "contextual_columns"}
 
 _log = logging.getLogger(__name__)
 
@@ -64,8 +75,7 @@ def prepare(config: DataSetConfig, how: PreparationConfig | None = None) -> Mani
     # resolved, so that a linked folder is replaced where it really is
     target = Path(config.path).resolve()
     source = _source(config)
-    recipe = {name: value for name, value in asdict(config).items() if name not in _NOT_CONTENT}
-    made_from: dict[str, Any] = {"name": config.kind, "recipe": recipe, "sources": source.fingerprint()}
+    made_from = _made_from(config, source)
     root = target.parent / f".{target.name}.work"
     # killed at the very end, a run leaves a complete data set and its workspace
     if not root.exists() and (manifest := _up_to_date(target, made_from)):
@@ -82,13 +92,33 @@ def prepare(config: DataSetConfig, how: PreparationConfig | None = None) -> Mani
                 manifest = _finish(folder, made_from)
         else:
             with os_errors_of(target), workspace(root, made_from) as work:
+                features = _features(config, work)
                 results = _events_to_sequences(source, _cleaning(config), how or PreparationConfig(), work)
                 with replacing(target) as folder:
                     for result in results:
                         link(result, folder / result.name)
+                    if features is not None:
+                        features.write(folder)
                     manifest = _finish(folder, made_from)
     _log.info("%s: prepared (%s)", target, _summary(manifest))
     return manifest
+
+
+def _made_from(config: DataSetConfig, source: EventSource | SyntheticZipf) -> dict[str, Any]:
+    """What of the manifest is known before anything is read."""
+    recipe = {name: value for name, value in asdict(config).items() if name not in _NOT_CONTENT | _APART}
+    made_from: dict[str, Any] = {"name": config.kind, "recipe": recipe, "sources": source.fingerprint()}
+    if isinstance(config, EventsConfig):
+        made_from["sources"] |= features_fingerprint(config)
+        made_from |= {"action_fields": dict(config.action_columns), "contextual": tuple(config.contextual_columns)}
+    return made_from
+
+
+def _features(config: DataSetConfig, work: Workspace) -> UserFeatures | None:
+    if not isinstance(config, EventsConfig):
+        return None
+    with work.scratch("features") as scratch:
+        return UserFeatures.read(config, scratch)
 
 
 def _events_to_sequences(
@@ -162,7 +192,8 @@ def _up_to_date(target: Path, made_from: dict[str, Any]) -> Manifest | None:
 
 def _finish(folder: Path, made_from: dict[str, Any]) -> Manifest:
     """Describe a data set whose files are there."""
-    names = [USERS_FILE, ITEMS_FILE, *sorted(file.name for file in folder.glob("sequences*.parquet"))]
+    context = [CONTEXT_FILE] if (folder / CONTEXT_FILE).exists() else []
+    names = [USERS_FILE, ITEMS_FILE, *context, *sorted(file.name for file in folder.glob("sequences*.parquet"))]
     manifest = describe(folder, _hashes(folder, names), made_from)
     write_index(folder, manifest.sequence_files)
     write_atomically(folder / MANIFEST_FILE, manifest.to_json().encode())

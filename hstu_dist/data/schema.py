@@ -20,6 +20,8 @@ MANIFEST_FILE = "dataset.json"
 SEQUENCES_FILE = "sequences.parquet"
 USERS_FILE = "users.parquet"
 ITEMS_FILE = "items.parquet"
+CONTEXT_FILE = "context.parquet"
+"""What is known of the users, a row each, raw values; only where contextual columns were prepared."""
 DATA_FILES = (SEQUENCES_FILE, USERS_FILE, ITEMS_FILE)
 LENGTHS_PLOT = "lengths"
 
@@ -46,7 +48,8 @@ def sequence_file(part: int, parts: int) -> str:
 
 def is_part_of_data_set(name: str) -> bool:
     """Whether a file or folder may lie in the folder of a data set."""
-    known = (MANIFEST_FILE, USERS_FILE, ITEMS_FILE, f"{LENGTHS_PLOT}.png", f"{LENGTHS_PLOT}.svg")
+    plots = (f"{LENGTHS_PLOT}.png", f"{LENGTHS_PLOT}.svg")
+    known = (MANIFEST_FILE, USERS_FILE, ITEMS_FILE, CONTEXT_FILE, *plots)
     return name in known or name.startswith("columns") or re.fullmatch(r"sequences(-\d{5})?\.parquet", name) is not None
 
 
@@ -72,6 +75,8 @@ class Manifest:
         recipe: settings that shaped it.
         sources: hash of every input, in reading order.
         files: hash of every data file.
+        action_fields: what an action packs, name → bits from the lowest bit up; empty: one plain number.
+        contextual: columns of what is known of a user.
         statistics: of sequence lengths, items and times; see docs/data.md.
     """
 
@@ -86,6 +91,8 @@ class Manifest:
     recipe: dict[str, str | int | float | None]
     sources: dict[str, str]
     files: dict[str, str]
+    action_fields: dict[str, int] = Field(default_factory=dict)
+    contextual: tuple[str, ...] = ()
     statistics: dict[str, float] = Field(default_factory=dict)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,8 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hstu_dist.distributed.config import ParallelConfig
 from hstu_dist.machine import Precision
-from hstu_dist.models.context import SequenceContext
-from hstu_dist.models.tower import Tower
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +39,7 @@ class ParallelTower:
     gradients or without; a rank without sequences calls it on none.
     """
 
-    def __init__(self, tower: Tower, settings: DenseSettings) -> None:
+    def __init__(self, tower: nn.Module, settings: DenseSettings) -> None:
         """Splits or copies `tower`, whose parameters are alike on all ranks; changed in place if it is split."""
         self._sharded: FSDPModule | None = None
         self._copied: DistributedDataParallel | None = None
@@ -54,14 +53,14 @@ class ParallelTower:
         if dist.get_world_size() > 1:
             self._copied = DistributedDataParallel(self._local, gradient_as_bucket_view=True)
 
-    def __call__(self, items_TD: Tensor, context: SequenceContext) -> Tensor:
+    def __call__(self, items_TD: Tensor, *rest: Any) -> Tensor:
         """As the tower; the result is in float32 at any precision."""
-        vectors: Tensor = (self._copied or self._local)(items_TD.to(self._dtype), context)
+        vectors: Tensor = (self._copied or self._local)(items_TD.to(self._dtype), *rest)
         return vectors
 
-    def local(self, items_TD: Tensor, context: SequenceContext) -> Tensor:
+    def local(self, items_TD: Tensor, *rest: Any) -> Tensor:
         """The same for evaluation: copies do not speak to each other."""
-        vectors: Tensor = self._local(items_TD.to(self._dtype), context)
+        vectors: Tensor = self._local(items_TD.to(self._dtype), *rest)
         return vectors
 
     def exchanging(self, wanted: bool) -> AbstractContextManager[None]:
@@ -80,22 +79,23 @@ class ParallelTower:
 class _InBfloat16(nn.Module):
     """Calls a tower with its parameters rounded to bfloat16; their gradients arrive, and are added up, in float32."""
 
-    def __init__(self, tower: Tower) -> None:
+    def __init__(self, tower: nn.Module) -> None:
         super().__init__()
         self.tower = tower
 
-    def forward(self, items_TD: Tensor, context: SequenceContext) -> Tensor:
+    def forward(self, items_TD: Tensor, *rest: Any) -> Tensor:
         rounded = {name: parameter.to(torch.bfloat16) for name, parameter in self.tower.named_parameters()}
-        vectors: Tensor = functional_call(self.tower, rounded, (items_TD, context))
+        vectors: Tensor = functional_call(self.tower, rounded, (items_TD, *rest))
         return vectors
 
 
-def _shard(tower: Tower, settings: DenseSettings) -> FSDPModule:
+def _shard(tower: nn.Module, settings: DenseSettings) -> FSDPModule:
     mesh = _mesh(next(tower.parameters()).device.type, settings.parallel.shard_ranks)
     rounded = torch.bfloat16 if settings.precision == "bfloat16" else None
     # inputs arrive in the right dtype, and a context cannot be taken apart
     policy = MixedPrecisionPolicy(param_dtype=rounded, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for layer in tower.encoder.get_submodule("layers").children():
+    encoder = getattr(tower, "encoder", None)
+    for layer in [] if encoder is None else encoder.get_submodule("layers").children():
         # gathered when its turn comes and freed after it, forward and backward
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     # freed as well: what an evaluation gathered may be other weights, such as averages, than those trained next

@@ -133,3 +133,23 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     total = values.clone()
     dist.all_reduce(total)
     return total
+
+
+def gather_rows(values: torch.Tensor) -> torch.Tensor:
+    """Rows of all ranks one after the other, on every rank; ranks may have different numbers of them.
+
+    Args:
+        values: [n, ...], the same but for n on every rank.
+    """
+    world_size = dist.get_world_size()
+    if world_size == 1:
+        return values
+    counts = torch.zeros(world_size, dtype=torch.int64, device=values.device)
+    counts[dist.get_rank()] = values.shape[0]
+    dist.all_reduce(counts)
+    largest = int(counts.max())
+    padded = values.new_zeros(largest, *values.shape[1:])
+    padded[: values.shape[0]] = values
+    parts = [torch.empty_like(padded) for _ in range(world_size)]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)])

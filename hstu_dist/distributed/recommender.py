@@ -63,12 +63,17 @@ class Recommender(nn.Module):
         vectors: Tensor = self._parallel.local(items_TD, sequence_context(batch, self.max_length, noise_key=None))
         return vectors
 
-    @torch.no_grad()
     def corpus(self) -> Tensor:
         """Rows [num_items, D] of the whole table, not normalised, on every rank."""
-        device = next(self.tower.parameters()).device
-        parts = []
-        for start in range(0, self.num_items, _CORPUS_CHUNK):
-            stop = min(start + _CORPUS_CHUNK, self.num_items)
-            parts.append(self.items(torch.arange(start, stop, device=device)))
-        return torch.cat(parts)
+        return all_items(self.tables, next(self.tower.parameters()).device)
+
+
+@torch.no_grad()
+def all_items(tables: EmbeddingTables, device: torch.device) -> Tensor:
+    """All rows [num_items, D] of the item table, on every rank."""
+    num_items = tables.specs[ITEM].shape.num_rows
+    parts = []
+    for start in range(0, num_items, _CORPUS_CHUNK):
+        ids = torch.arange(start, min(start + _CORPUS_CHUNK, num_items), device=device)
+        parts.append(tables({ITEM: ids})[ITEM])
+    return torch.cat(parts)

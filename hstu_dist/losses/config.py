@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -47,4 +47,55 @@ class FullSoftmaxConfig:
         return num_items
 
 
-LossConfig = Annotated[SampledSoftmaxConfig | FullSoftmaxConfig, Field(discriminator="kind")]
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class HeadConfig:
+    """One prediction of what a user does with an item.
+
+    Attributes:
+        name: prefix of its metrics.
+        kind: binary: whether the action is at least `threshold`, by cross-entropy; regression: the action itself, as
+            (transform(action) - offset) / scale, by squared error.
+        column: part of the action that it predicts; `action` where the data has one plain action.
+        threshold: smallest action that counts as positive.
+        transform: identity or log1p.
+        offset: subtracted from the label; about its mean.
+        scale: what the label is divided by; about its standard deviation. Metrics are in units of the label.
+        weight: of its loss.
+    """
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    kind: Literal["binary", "regression"]
+    column: str = "action"
+    threshold: int = Field(default=1, gt=0)
+    transform: Literal["identity", "log1p"] = "identity"
+    offset: float = Field(default=0.0, allow_inf_nan=False)
+    scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+
+    @property
+    def monitors(self) -> tuple[str, ...]:
+        """Metrics of which more is better."""
+        return tuple(f"{self.name}/{metric}" for metric in (("auc",) if self.kind == "binary" else ("r2",)))
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MultiTaskConfig:
+    """Weighted sum of the losses of several heads, for task=ranking only.
+
+    Attributes:
+        heads: what is predicted; at least one.
+    """
+
+    kind: Literal["multi_task"] = "multi_task"
+    heads: tuple[HeadConfig, ...]
+
+    def __post_init__(self) -> None:
+        names = [head.name for head in self.heads]
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"heads: got names {names}, expected at least one head, and different names")
+
+
+SoftmaxConfig = SampledSoftmaxConfig | FullSoftmaxConfig
+"""Objectives of retrieval."""
+
+LossConfig = SoftmaxConfig | MultiTaskConfig

@@ -1,4 +1,4 @@
-"""Settings of the sequence encoders; importable without torch."""
+"""Settings of the models and of what they predict; importable without torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class _EncoderConfig:
         num_layers: number of blocks.
         num_heads: H.
         dropout: rate after the input and inside each block.
-        max_length: N, the longest input sequence; sizes the position tables.
+        max_length: N, the longest input sequence, in events; sizes the position tables, for task=ranking those of
+            2N tokens and the contextual ones.
         backend: attention implementation; auto takes the fastest that the device has.
     """
 
@@ -51,6 +52,13 @@ class HSTUConfig(_EncoderConfig):
         affine_norm: learn scale and shift of both layer norms (production variant).
         uvqk_bias: learn a bias of the uvqk projection (production variant).
         concat_ux: project concat(u, x, u * norm) instead of u * norm (production variant).
+        input_time: add to the input a learned embedding of the time since the token before, in the buckets of the
+            relative bias (production variant).
+        window: a token sees its `window` most recent tokens, itself included; 0: all (semi-local attention,
+            arXiv 2602.16986).
+        global_prefix: the first tokens that stay visible outside the window.
+        truncated_layers: how many of the upper layers run on the most recent tokens only; older tokens skip them.
+        truncated_length: how many tokens these layers see.
     """
 
     kind: Literal["hstu"] = "hstu"
@@ -63,6 +71,20 @@ class HSTUConfig(_EncoderConfig):
     affine_norm: bool = False
     uvqk_bias: bool = False
     concat_ux: bool = False
+    input_time: bool = False
+    window: int = Field(default=0, ge=0)
+    global_prefix: int = Field(default=0, ge=0)
+    truncated_layers: int = Field(default=0, ge=0)
+    truncated_length: int = Field(default=64, gt=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.global_prefix and not self.window:
+            raise ValueError(f"global_prefix: got {self.global_prefix}, expected 0 without a window")
+        if self.truncated_layers >= self.num_layers:
+            raise ValueError(
+                f"truncated_layers: got {self.truncated_layers}, expected less than num_layers ({self.num_layers})"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -77,4 +99,77 @@ class TransformerConfig(_EncoderConfig):
     ffn_width: int = Field(default=50, gt=0)
 
 
-ModelConfig = Annotated[HSTUConfig | TransformerConfig, Field(discriminator="kind")]
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DLRMConfig:
+    """The ranking baseline: pooled histories, feature interaction and a multi-layer perceptron, for task=ranking only.
+
+    Attributes:
+        width: D, of every feature; also the width of the item table.
+        dense_width: hidden width of the network that makes a feature of the dense numbers.
+        interaction: dot products of all pairs of features (DLRM), or a low-rank cross network (DCN V2).
+        cross_layers: layers of the cross network.
+        cross_rank: rank of its matrices.
+        over_widths: hidden widths of the network on top.
+        dropout: rate of the features.
+    """
+
+    kind: Literal["dlrm"] = "dlrm"
+    width: int = Field(default=50, gt=0)
+    dense_width: int = Field(default=64, gt=0)
+    interaction: Literal["dot", "cross"] = "dot"
+    cross_layers: int = Field(default=3, gt=0)
+    cross_rank: int = Field(default=64, gt=0)
+    over_widths: tuple[Annotated[int, Field(gt=0)], ...] = (256, 128)
+    dropout: float = Field(default=0.2, ge=0, lt=1)
+
+    def __post_init__(self) -> None:
+        if not self.over_widths:
+            raise ValueError("over_widths: got none, expected at least one hidden width")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RetrievalConfig:
+    """The model predicts the next item; the split leaves out the last two events of every user."""
+
+    kind: Literal["retrieval"] = "retrieval"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RankingConfig:
+    """The model predicts what the user does with each item, shown to it: item_0, action_0, item_1, action_1, ...
+
+    The split is one of time: of all events, in order of time, the last `test_share` test, the `validation_share`
+    before them choose the epoch, and the rest trains. A prediction sees all earlier events of its user.
+
+    Attributes:
+        contextual: features of the user that lead every sequence: `user` stands for who it is, other names for
+            contextual columns of the data.
+        action_levels: rows of the embedding of each part of an action. A packed part that holds larger numbers than
+            that counts by order of magnitude; a data set with one plain action has to keep below.
+        head_width: hidden width that all heads share; null: width of the model.
+        validation_share: of all events.
+        test_share: of all events.
+    """
+
+    kind: Literal["ranking"] = "ranking"
+    contextual: tuple[str, ...] = ()
+    action_levels: int = Field(default=16, ge=2)
+    head_width: int | None = Field(default=None, gt=0)
+    validation_share: float = Field(default=0.1, gt=0, lt=1)
+    test_share: float = Field(default=0.1, gt=0, lt=1)
+
+    def __post_init__(self) -> None:
+        if len(set(self.contextual)) != len(self.contextual):
+            raise ValueError(f"contextual: got {list(self.contextual)}, expected different names")
+        if self.validation_share + self.test_share >= 1:
+            held_out = self.validation_share + self.test_share
+            raise ValueError(f"validation_share + test_share: got {held_out:g}, expected less than 1")
+
+
+TaskConfig = Annotated[RetrievalConfig | RankingConfig, Field(discriminator="kind")]
+
+EncoderConfig = HSTUConfig | TransformerConfig
+"""Models that encode sequences."""
+
+ModelConfig = EncoderConfig | DLRMConfig
+"""Any model."""

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hstu_dist.models.config import HSTUConfig, TransformerConfig
+from hstu_dist.models.config import EncoderConfig, HSTUConfig, TransformerConfig
 
 _TIME_BUCKETS = 129
 """Entries of the time bias; `ops.bias` has the original, beside code that needs torch."""
@@ -34,12 +34,16 @@ class Workload:
     tokens: int = 0
     attention_pairs: int = 0
     context: int = 0
+    skipped_tokens: int = 0
+    skipped_pairs: int = 0
 
     def __add__(self, other: Workload) -> Workload:
         return Workload(
             tokens=self.tokens + other.tokens,
             attention_pairs=self.attention_pairs + other.attention_pairs,
             context=self.context + other.context,
+            skipped_tokens=self.skipped_tokens + other.skipped_tokens,
+            skipped_pairs=self.skipped_pairs + other.skipped_pairs,
         )
 
     @property
@@ -101,11 +105,12 @@ class ParameterCount:
     """Trained numbers by part.
 
     Attributes:
-        positions: N·D.
+        positions: N·D, and 129·D of a time encoding at the input.
         projections: weights and biases of the dense layers of all blocks.
         norms: scales and shifts of the layer norms that learn them.
         relative_bias: (2N - 1) a layer for positions, 129 for times.
         table: (rows of the item table)·D; stored rows may be padded, the padding is no parameter.
+        features: (rows of the small embeddings of a ranking model)·D.
     """
 
     positions: int
@@ -113,11 +118,12 @@ class ParameterCount:
     norms: int
     relative_bias: int
     table: int
+    features: int = 0
 
     @property
     def dense(self) -> int:
         """The tower: everything but the table."""
-        return self.positions + self.projections + self.norms + self.relative_bias
+        return self.positions + self.projections + self.norms + self.relative_bias + self.features
 
     @property
     def total(self) -> int:
@@ -134,11 +140,48 @@ def count_flops(config: HSTUConfig | TransformerConfig, work: Workload, scores_p
         scores_per_token: C: R + 1 for R sampled negatives, all items for the full softmax, 0 for the tower alone.
     """
     weights = sum(dense.inputs * dense.outputs for dense in _dense_layers(config))
+    heads = config.num_heads * sum(head_widths(config))
+    top = config.truncated_layers if isinstance(config, HSTUConfig) else 0
     return FlopCount(
-        projections=2 * work.tokens * config.num_layers * weights,
-        attention=2 * work.attention_pairs * config.num_layers * config.num_heads * sum(head_widths(config)),
+        projections=2 * (config.num_layers * work.tokens - top * work.skipped_tokens) * weights,
+        attention=2 * (config.num_layers * work.attention_pairs - top * work.skipped_pairs) * heads,
         scores=2 * work.targets * scores_per_token * config.width,
     )
+
+
+def encoder_work(config: EncoderConfig, lengths: Iterable[int], num_contextual: int = 0) -> Workload:
+    """Work of sequences of so many tokens, with the window and the truncated layers of a configuration.
+
+    Args:
+        config: the model.
+        lengths: tokens of each sequence, contextual ones included.
+        num_contextual: leading tokens of each that see each other, and that all see.
+    """
+    sizes = list(lengths)
+    tokens, pairs = sum(sizes), sum(visible_pairs(config, n, num_contextual) for n in sizes)
+    if isinstance(config, TransformerConfig) or not config.truncated_layers:
+        return Workload(tokens=tokens, attention_pairs=pairs)
+    kept = [min(n, config.truncated_length) for n in sizes]
+    left = [max(0, num_contextual - (n - k)) for n, k in zip(sizes, kept, strict=True)]
+    seen = sum(visible_pairs(config, k, c) for k, c in zip(kept, left, strict=True))
+    return Workload(tokens=tokens, attention_pairs=pairs, skipped_tokens=tokens - sum(kept), skipped_pairs=pairs - seen)
+
+
+def visible_pairs(config: EncoderConfig, length: int, num_contextual: int = 0) -> int:
+    """(query, key) pairs that the mask of `ops.mask` lets through in a sequence; one head of one layer."""
+    C = min(num_contextual, length)
+    if isinstance(config, TransformerConfig) or not config.window:
+        window, always = length, 0
+    else:
+        window, always = config.window, max(config.global_prefix, C)
+    return C * C + _pairs_below(length, window, always) - _pairs_below(C, window, always)
+
+
+def _pairs_below(length: int, window: int, always: int) -> int:
+    """Sum over positions below `length` of min(p + 1, window) + min(always, keys before the window)."""
+    inside, outside = min(length, window), max(0, length - window)
+    short = min(outside, always)
+    return inside * (inside + 1) // 2 + outside * window + short * (short + 1) // 2 + (outside - short) * always
 
 
 def count_parameters(config: HSTUConfig | TransformerConfig, num_items: int) -> ParameterCount:
@@ -146,12 +189,16 @@ def count_parameters(config: HSTUConfig | TransformerConfig, num_items: int) -> 
     dense = _dense_layers(config)
     block = sum(layer.inputs * layer.outputs + layer.bias * layer.outputs for layer in dense)
     return ParameterCount(
-        positions=config.max_length * config.width,
+        positions=(config.max_length + (_TIME_BUCKETS if _timed_input(config) else 0)) * config.width,
         projections=config.num_layers * block,
         norms=config.num_layers * _norm_parameters(config),
         relative_bias=config.num_layers * _bias_parameters(config),
         table=num_items * config.width,
     )
+
+
+def _timed_input(config: EncoderConfig) -> bool:
+    return isinstance(config, HSTUConfig) and config.input_time
 
 
 class _DenseLayer(NamedTuple):

@@ -35,6 +35,8 @@ class HSTULayer(nn.Module):
             normalizer=config.normalizer,
             alpha=config.alpha,
             activation=Activation(config.activation),
+            window=config.window,
+            global_prefix=config.global_prefix,
             backend=backend,
         )
         D, HV, HQ = config.width, self.heads * self.value_width, self.heads * self.qk_width
@@ -123,14 +125,23 @@ class HSTULayer(nn.Module):
 
 
 class HSTU(nn.Module):
-    """A stack of HSTU layers."""
+    """A stack of HSTU layers; the upper ones may run on the most recent tokens only."""
 
     def __init__(self, config: HSTUConfig, backend: Backend, rows: RowKernels) -> None:
         super().__init__()
         self.layers = nn.ModuleList(HSTULayer(config, backend, rows) for _ in range(config.num_layers))
+        self.whole_layers = config.num_layers - config.truncated_layers
+        self.truncated_length = config.truncated_length
 
     def forward(self, x_TD: Tensor, context: Context) -> Tensor:
-        """[T, D] → [T, D]."""
-        for index, layer in enumerate(self.layers):
+        """[T, D] → [T, D]; tokens that skip the truncated layers come out as the layers below left them."""
+        whole, truncated = self.layers[: self.whole_layers], self.layers[self.whole_layers :]
+        for index, layer in enumerate(whole):
             x_TD = layer(x_TD, context, index)
-        return x_TD
+        if not truncated:
+            return x_TD
+        rows, recent = context.recent(self.truncated_length)
+        top_RD = x_TD.index_select(0, rows)
+        for index, layer in enumerate(truncated, start=self.whole_layers):
+            top_RD = layer(top_RD, recent, index)
+        return x_TD.index_copy(0, rows, top_RD)

@@ -10,6 +10,7 @@ from hstu_dist.models.context import Context
 from hstu_dist.models.hstu import HSTU
 from hstu_dist.models.transformer import Transformer
 from hstu_dist.ops import backends
+from hstu_dist.ops.bias import NUM_TIME_BUCKETS, time_bucket
 from hstu_dist.ops.normalize import unit_rows
 from hstu_dist.ops.rows import drop_of, dropout
 from hstu_dist.ops.spec import Backend
@@ -36,6 +37,11 @@ class Tower(nn.Module):
         self.position = nn.Embedding(config.max_length, config.width)
         bound = config.width**-0.5
         nn.init.trunc_normal_(self.position.weight, std=bound, a=-2 * bound, b=2 * bound)
+        # the time since the token before, where it is an input
+        self.elapsed: nn.Embedding | None = None
+        if isinstance(config, HSTUConfig) and config.input_time:
+            self.elapsed = nn.Embedding(NUM_TIME_BUCKETS, config.width)
+            nn.init.trunc_normal_(self.elapsed.weight, std=bound, a=-2 * bound, b=2 * bound)
         self.encoder: nn.Module
         if isinstance(config, HSTUConfig):
             self.encoder = HSTU(config, backend, self.rows)
@@ -53,9 +59,15 @@ class Tower(nn.Module):
         Returns:
             [T, D], rows of length 1.
         """
-        x = items_TD * self.width**0.5 + self.position(context.positions)
-        drop = drop_of(context.noise and context.noise.stream(_INPUT_STREAM), self.dropout)
-        x = dropout(x, drop, self.rows)
-        encoded = self.encoder(x, context)
+        encoded = self.encode(items_TD, context)
         # lengths and the loss in float32 at least, whatever the layers compute in
         return unit_rows(encoded.to(torch.promote_types(encoded.dtype, torch.float32)))
+
+    def encode(self, tokens_TD: Tensor, context: Context) -> Tensor:
+        """[T, D], what the encoder makes of [T, D] embedded tokens; of no particular length."""
+        x = tokens_TD * self.width**0.5 + self.position(context.positions)
+        if self.elapsed is not None:
+            x = x + self.elapsed(time_bucket(context.elapsed()))
+        drop = drop_of(context.noise and context.noise.stream(_INPUT_STREAM), self.dropout)
+        encoded: Tensor = self.encoder(dropout(x, drop, self.rows), context)
+        return encoded

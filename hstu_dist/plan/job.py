@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hstu_dist.distributed.config import ITEM, EmbeddingConfig, TableShape, TableSpec, stored_width
 from hstu_dist.losses.config import FullSoftmaxConfig, SampledSoftmaxConfig
 from hstu_dist.models.config import HSTUConfig, TransformerConfig
-from hstu_dist.models.flops import FlopCount, Workload, count_flops
+from hstu_dist.models.flops import FlopCount, count_flops, encoder_work
 
 _FLOAT, _ID = 4, 8
 
@@ -104,7 +104,5 @@ class Job:
 
     def flops(self, sequences: int) -> FlopCount:
         """FLOPs of a forward pass over so many sequences."""
-        tokens = sequences * self.mean_length
-        pairs = sequences * (self.mean_length * (self.mean_length + 1) // 2)
-        work = Workload(tokens=tokens, attention_pairs=pairs)
+        work = encoder_work(self.model, [self.mean_length] * sequences)
         return count_flops(self.model, work, self.loss.scores_per_token(self.num_items))

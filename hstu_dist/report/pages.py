@@ -42,6 +42,13 @@ TOPICS: Mapping[str, Topic] = {
         "protocol: trained on all but the test event, the best of all readings of the test split.",
         metrics=("hr@10", "ndcg@10", "hr@50", "hr@200"),
     ),
+    "ranking": Topic(
+        title="Ranking on MovieLens-1M",
+        note="What a user does with a film that is shown (liked: 4 stars and more), split by time; the epoch is chosen "
+        "on validation events, test events are read once. Means over the seeds (quartiles in brackets) of HSTU and "
+        "DLRM, one seed of HSTU with one choice changed. Above 1 in a ratio means that HSTU is better; NE inverted.",
+        metrics=("like/ne", "like/auc", "like/gauc", "stars/mse", "training TFLOP an epoch", "dense parameters"),
+    ),
     "attention_cpu": Topic(
         title="Attention on a CPU", note="fp32; a ratio above 1 means that the first contender is faster or smaller."
     ),

@@ -70,7 +70,8 @@ class EvaluationConfig:
         every_epochs: validation runs after every so many epochs.
         batch_size: users of one evaluation batch, over all ranks.
         cutoffs: K of HR@K and NDCG@K.
-        monitor: validation metric that picks the best epoch; larger is better.
+        monitor: validation metric that picks the best epoch; larger is better; for task=ranking `<head>/auc`, or
+            `<head>/r2` of a regression.
         patience: stop after so many validations without a better `monitor`; null: never.
         track_test: also rank the test split every `every_epochs`, log it as `reference_protocol/test/...` and report
             the best epoch apart from the result. It has no influence on the epoch that is chosen or on the end of
@@ -87,8 +88,9 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if not self.cutoffs or any(k < 1 for k in self.cutoffs):
             raise ValueError(f"cutoffs: got {self.cutoffs}, expected integers >= 1")
+        # ranking has metrics of its own, `<head>/<metric>`; the run knows its heads
         known = ["mrr", *(f"{m}@{k}" for m in ("hr", "ndcg") for k in self.cutoffs)]
-        if self.monitor not in known:
+        if "/" not in self.monitor and self.monitor not in known:
             raise ValueError(f"monitor: got {self.monitor}, expected one of {', '.join(known)}")
 
 

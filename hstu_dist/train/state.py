@@ -17,6 +17,8 @@ class TrainState:
         tokens: positions computed, over all ranks.
         attention_pairs: visible (query, key) pairs trained on, over all ranks.
         context: of these positions, those whose targets the loss left out.
+        skipped_tokens: of these positions, those that truncated layers left out.
+        skipped_pairs: of these pairs, those that truncated layers left out.
         best_step: step of the best validation, -1 before the first.
         best_epoch: epochs finished at the best validation.
         best_value: the monitored metric there.
@@ -38,6 +40,8 @@ class TrainState:
     tokens: int = 0
     attention_pairs: int = 0
     context: int = 0
+    skipped_tokens: int = 0
+    skipped_pairs: int = 0
     best_step: int = -1
     best_epoch: int = 0
     best_value: float = float("-inf")

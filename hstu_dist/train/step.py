@@ -1,10 +1,12 @@
-"""One training step: look up what it needs once, encode, score, update."""
+"""One training step: look up what it needs once, the loss of each part of the batch, an update."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,21 +14,45 @@ from torch.profiler import record_function
 
 from hstu_dist.batch import JaggedBatch
 from hstu_dist.distributed.process_group import World
-from hstu_dist.distributed.recommender import Recommender
 from hstu_dist.errors import UserError
-from hstu_dist.losses.config import FullSoftmaxConfig, SampledSoftmaxConfig
-from hstu_dist.losses.softmax import Candidates, softmax_loss, softmax_spec
-from hstu_dist.models.context import token_noise
 from hstu_dist.models.flops import Workload
 from hstu_dist.ops.jagged import IdSet
-from hstu_dist.ops.random import TokenNoise, fold
 from hstu_dist.train.optimizer import Optimizers
 
-_NEGATIVES = 2
-_DROPOUT = 3
 
-_DRAWS_OF_EVERYTHING = 8
-"""Draws per item from which on a step looks up the whole table; one item in e^8 is missed."""
+class TrainedModel(Protocol):
+    """What a step asks of a model."""
+
+    def items(self, ids_U: Tensor) -> Tensor:
+        """Rows [U, D] of the item table; their backward updates them."""
+
+    def exchanging(self, wanted: bool) -> AbstractContextManager[None]:
+        """Around a forward and its backward: whether this backward averages the gradients of all ranks."""
+
+
+PartLoss = Callable[[Tensor], Tensor]
+"""Rows [U, D] that the step looked up → scalar sum of losses over one part's predictions."""
+
+
+class Objective(Protocol):
+    """What a step minimises."""
+
+    @property
+    def model(self) -> TrainedModel:
+        """What is trained."""
+
+    def plan(self, batch: JaggedBatch, work: Workload, step: int, num_parts: int) -> tuple[IdSet, Sequence[PartLoss]]:
+        """What a step on a batch needs.
+
+        Args:
+            batch: this rank's share; may be empty.
+            work: of all shares together.
+            step: steps taken.
+            num_parts: runs of sequences that the share is cut into.
+
+        Returns:
+            Items to look up, and the loss of each part.
+        """
 
 
 @dataclass(frozen=True)
@@ -34,8 +60,8 @@ class StepResult:
     """What a step reports.
 
     Attributes:
-        loss_sum: this rank's sum of losses over its positions that count.
-        work: positions and attention pairs of all ranks.
+        loss_sum: this rank's sum of losses over its predictions.
+        work: of all ranks.
         learning_rate: of the dense part.
     """
 
@@ -47,29 +73,18 @@ class StepResult:
 class TrainStep:
     """Callable once per global batch, by all ranks together."""
 
-    def __init__(
-        self,
-        recommender: Recommender,
-        loss: SampledSoftmaxConfig | FullSoftmaxConfig,
-        optimizers: Optimizers,
-        world: World,
-        seed: int,
-        micro_batches: int = 1,
-    ) -> None:
-        self.micro_batches = micro_batches
-        self.recommender = recommender
-        self.loss = loss
-        self.softmax = softmax_spec(loss, recommender.num_items, world.device)
+    def __init__(self, objective: Objective, optimizers: Optimizers, world: World, micro_batches: int = 1) -> None:
+        self.objective = objective
         self.optimizers = optimizers
         self.world = world
-        self.seed = seed
+        self.micro_batches = micro_batches
 
     def __call__(self, batch: JaggedBatch, work: Workload, position: tuple[int, int | None]) -> StepResult:
         """Updates the model on one global batch.
 
         Args:
             batch: this rank's share; may be empty.
-            work: positions, attention pairs and context of all shares together.
+            work: of all shares together.
             position: (steps taken, steps of the whole run, None if nobody knows).
 
         Raises:
@@ -77,15 +92,13 @@ class TrainStep:
         """
         step, total_steps = position
         factor = self.optimizers.prepare(step, total_steps)
+        needed, losses = self.objective.plan(batch, work, step, self.micro_batches)
         # the names of the parts in a profile
-        with record_function("draw"):
-            negatives = self._negatives(batch, step)
         with record_function("look up"):
-            needed = self._needed(batch, negatives, work)
-            rows_UD = self.recommender.items(needed.ids)
+            rows_UD = self.objective.model.items(needed.ids)
         # the table updates its rows in the backward of their lookup: all parts add to one gradient before
         leaf_UD = rows_UD.detach().requires_grad_()
-        value = self._accumulate(leaf_UD, needed, self._parts(batch, negatives), (step, work))
+        value = self._accumulate(leaf_UD, losses, work)
         if not math.isfinite(value):
             raise UserError(
                 f"step {step}: the loss is {value} on rank {self.world.rank}",
@@ -96,58 +109,13 @@ class TrainStep:
             self.optimizers.step()
         return StepResult(value, work, self.optimizers.config.learning_rate * factor)
 
-    def _parts(self, batch: JaggedBatch, negatives: Tensor | None) -> list[tuple[JaggedBatch, Tensor | None]]:
-        parts = batch.parts(self.micro_batches)
-        if negatives is None:
-            return [(part, None) for part in parts]
-        return list(zip(parts, negatives.split([part.num_tokens - part.num_context for part in parts]), strict=True))
-
-    def _accumulate(
-        self,
-        rows_UD: Tensor,
-        needed: IdSet,
-        parts: Sequence[tuple[JaggedBatch, Tensor | None]],
-        position: tuple[int, Workload],
-    ) -> float:
-        """Sum of losses over the parts, whose gradients reach `rows_UD` and the tower.
-
-        Args:
-            rows_UD: a leaf, the rows of `needed`.
-            needed: ids of the step.
-            parts: of this rank's share, each with its negatives.
-            position: number of the step and work of all ranks.
-        """
-        step, work = position
+    def _accumulate(self, rows_UD: Tensor, losses: Sequence[PartLoss], work: Workload) -> float:
+        """Sum of losses over the parts, whose gradients reach `rows_UD`, a leaf, and the dense part."""
         total = rows_UD.new_zeros((), dtype=torch.float64)
-        for number, (part, negatives) in enumerate(parts, start=1):
-            with self.recommender.exchanging(number == len(parts)):
-                with record_function("encode"):
-                    items_TD = rows_UD.index_select(0, needed.places(part.item_ids))
-                    queries_TD = self.recommender.encode(items_TD, part, noise_key=fold(self.seed, step, _DROPOUT))
-                with record_function("loss"):
-                    places = None if negatives is None else needed.places(negatives)
-                    targets = part.target_ids
-                    if part.trained is not None:
-                        queries_TD, targets = queries_TD[part.trained], targets[part.trained]
-                    candidates = Candidates(rows_UD, needed.places(targets), places)
-                    loss_sum = softmax_loss(queries_TD, candidates, self.softmax)
+        for number, loss in enumerate(losses, start=1):
+            with self.objective.model.exchanging(number == len(losses)):
+                loss_sum = loss(rows_UD)
                 total += loss_sum.detach()
-                # gradients are averaged over ranks; the mean wanted is over all positions of all ranks
+                # gradients are averaged over ranks; the mean wanted is over all predictions of all ranks
                 (loss_sum * (self.world.size / max(1, work.targets))).backward()
         return float(total)
-
-    def _negatives(self, batch: JaggedBatch, step: int) -> Tensor | None:
-        if isinstance(self.loss, FullSoftmaxConfig):
-            return None
-        noise = token_noise(batch, self.recommender.max_length, fold(self.seed, step, _NEGATIVES))
-        if batch.trained is not None:
-            noise = TokenNoise(noise.key, noise.tokens[batch.trained])
-        return self.recommender.tower.rows.integers(noise, self.loss.num_negatives, self.recommender.num_items)
-
-    def _needed(self, batch: JaggedBatch, negatives: Tensor | None, work: Workload) -> IdSet:
-        num_items = self.recommender.num_items
-        # where ranks draw each item many times over, finding the few that are missing costs more than it saves;
-        # decided for all ranks together, so that the rows a step touches do not depend on their number
-        if negatives is None or work.targets * negatives.shape[1] >= _DRAWS_OF_EVERYTHING * num_items:
-            return IdSet.everything(num_items, batch.item_ids.device)
-        return IdSet.of([batch.item_ids, batch.target_ids, negatives], num_items)

@@ -54,14 +54,21 @@ def training_averages(state: TrainState, flops: Callable[[Workload], int]) -> di
         flops: FLOPs that training on a batch needs.
 
     Returns:
-        train_seconds, evaluation_seconds, tokens_per_second and mfu; None: unknown.
+        train_seconds, evaluation_seconds, training_flops, tokens_per_second and mfu; None: unknown.
     """
     seconds, available = state.train_seconds, state.available_flops
-    work = Workload(tokens=state.tokens, attention_pairs=state.attention_pairs, context=state.context)
+    work = Workload(
+        tokens=state.tokens,
+        attention_pairs=state.attention_pairs,
+        context=state.context,
+        skipped_tokens=state.skipped_tokens,
+        skipped_pairs=state.skipped_pairs,
+    )
     needed = flops(work)
     return {
         "train_seconds": seconds,
         "evaluation_seconds": state.evaluation_seconds,
+        "training_flops": needed,
         "tokens_per_second": state.tokens / seconds if seconds else None,
         "mfu": needed / available if available else None,
     }

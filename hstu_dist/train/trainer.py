@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Protocol
 
 import torch
@@ -66,6 +66,7 @@ class Trainer:
         world: this rank among the others.
         hooks: called in order.
         stop_epoch: end after that epoch; None: after the last of the schedule.
+        workload: work of sequences by their lengths; a step's FLOPs and the mean of its loss go by it.
         peak_flops: FLOP/s that the devices of all ranks can do together; None: unknown.
         stop_requested: whether this rank was asked to stop (SIGTERM); the ranks agree before each step.
         interrupted: whether the loop ended because of such a request.
@@ -79,6 +80,7 @@ class Trainer:
     world: World
     hooks: Sequence[Hook] = ()
     stop_epoch: int | None = None
+    workload: Callable[[Sequence[int]], Workload] = Workload.causal
     peak_flops: float | None = None
     stop_requested: Callable[[], bool] = lambda: False
     interrupted: bool = field(default=False, init=False)
@@ -138,10 +140,10 @@ class Trainer:
 
     def _agree(self, batch: JaggedBatch) -> tuple[Workload, bool]:
         """Work of all ranks' shares, and whether any rank was asked to stop."""
-        share = Workload.causal(batch.lengths.tolist())
-        mine = [share.tokens, share.attention_pairs, batch.num_context, int(self.stop_requested())]
-        tokens, pairs, context, stopping = sum_over_ranks(torch.tensor(mine, device=self.world.device)).tolist()
-        return Workload(tokens=tokens, attention_pairs=pairs, context=context), stopping > 0
+        share = self.workload(batch.lengths.tolist()) + Workload(context=batch.num_context)
+        mine = [*astuple(share), int(self.stop_requested())]
+        *work, stopping = sum_over_ranks(torch.tensor(mine, device=self.world.device)).tolist()
+        return Workload(**dict(zip(asdict(share), work, strict=True))), stopping > 0
 
     def _count(self, work: Workload) -> None:
         state = self.state
@@ -149,6 +151,8 @@ class Trainer:
         state.tokens += work.tokens
         state.attention_pairs += work.attention_pairs
         state.context += work.context
+        state.skipped_tokens += work.skipped_tokens
+        state.skipped_pairs += work.skipped_pairs
         state.add_training_time(self._lap(), self.peak_flops)
 
     def _lap(self) -> float:

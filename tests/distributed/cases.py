@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hstu_dist.commands.session import Session
+from hstu_dist.commands.sessions import open_session
 from hstu_dist.config import RunConfig, compose
 from hstu_dist.data.split import Split
 from hstu_dist.distributed.process_group import World
@@ -33,7 +34,7 @@ def tiny_config(data: Path, output: Path, *overrides: str) -> RunConfig:
 def build(config: RunConfig, world: World) -> Session:
     # TorchRec's planner draws random numbers while it builds: they must not matter
     torch.manual_seed(world.rank)
-    return Session.build(config, world)
+    return open_session(config, world)
 
 
 @dataclass
@@ -52,14 +53,7 @@ def trainer_of(session: Session, state: TrainState, epochs: int, hooks: Sequence
     config = session.config
     averaging = [] if session.average is None else [AverageHook(session.average)]
     return Trainer(
-        step=TrainStep(
-            session.recommender,
-            config.loss,
-            session.optimizers,
-            session.world,
-            config.seed,
-            config.trainer.micro_batches,
-        ),
+        step=TrainStep(session.objective(), session.optimizers, session.world, config.trainer.micro_batches),
         loader=session.loader(Split.TRAIN),
         state=state,
         epochs=epochs,

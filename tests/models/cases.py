@@ -23,6 +23,9 @@ VARIANTS: dict[str, HSTUConfig | TransformerConfig] = {
     "softmax": HSTUConfig(width=12, num_heads=2, max_length=MAX_LENGTH, activation="softmax"),
     "position": HSTUConfig(width=12, num_heads=2, max_length=MAX_LENGTH, relative_bias="position"),
     "no-bias": HSTUConfig(width=12, num_heads=2, max_length=MAX_LENGTH, relative_bias="none"),
+    "timed": HSTUConfig(width=12, num_heads=2, max_length=MAX_LENGTH, input_time=True),
+    "semi-local": HSTUConfig(width=12, num_heads=2, max_length=MAX_LENGTH, window=4, global_prefix=2),
+    "truncated": HSTUConfig(width=12, num_heads=2, max_length=MAX_LENGTH, truncated_layers=1, truncated_length=7),
     "sasrec": TransformerConfig(width=12, num_heads=2, max_length=MAX_LENGTH, ffn_width=9),
 }
 

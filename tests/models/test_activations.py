@@ -14,7 +14,8 @@ from tests.models.cases import VARIANTS
 SEQUENCES = 20
 
 CONFIGS: dict[str, HSTUConfig | TransformerConfig] = {
-    **VARIANTS,
+    # of truncated layers the closed form is a bound: it counts all tokens
+    **{name: config for name, config in VARIANTS.items() if name != "truncated"},
     "concat": HSTUConfig(width=16, num_heads=2, max_length=20, concat_ux=True),
     "affine": HSTUConfig(width=16, num_heads=2, max_length=20, affine_norm=True, value_width=4),
     "blocked": HSTUConfig(width=16, num_heads=2, max_length=20, relative_bias="none", backend="blocked"),

@@ -43,13 +43,26 @@ def counted(config: HSTUConfig | TransformerConfig, scores_per_token: int) -> tu
     return forward.get_total_flops(), backward.get_total_flops()
 
 
+def full_work(config: HSTUConfig | TransformerConfig) -> Workload:
+    """As the reference computes it, which masks afterwards; it does leave out what truncated layers skip."""
+    work = Workload.full(PADDED)
+    if isinstance(config, TransformerConfig) or not config.truncated_layers:
+        return work
+    kept = Workload.full([config.truncated_length] * len(PADDED))
+    return replace(
+        work,
+        skipped_tokens=work.tokens - kept.tokens,
+        skipped_pairs=work.attention_pairs - kept.attention_pairs,
+    )
+
+
 @variants
 @pytest.mark.parametrize("loss", [SampledSoftmaxConfig(num_negatives=6), FullSoftmaxConfig()])
 def test_flops_are_those_that_torch_counts(variant: str, loss: SampledSoftmaxConfig | FullSoftmaxConfig) -> None:
     config = VARIANTS[variant]
     scores_per_token = loss.scores_per_token(NUM_ITEMS)
     assert scores_per_token == (7 if isinstance(loss, SampledSoftmaxConfig) else NUM_ITEMS)
-    flops = count_flops(config, Workload.full(PADDED), scores_per_token)
+    flops = count_flops(config, full_work(config), scores_per_token)
     assert counted(config, scores_per_token) == (flops.forward, flops.backward)
     assert flops.training == flops.forward + flops.backward
 
@@ -86,7 +99,8 @@ def test_parameters_are_those_of_the_tower(config: HSTUConfig | TransformerConfi
     tower = tower_of(config)
     parameters = count_parameters(config, NUM_ITEMS)
     assert parameters.dense == sum(p.numel() for p in tower.parameters())
-    assert parameters.positions == tower.position.weight.numel()
+    encodings = [tower.position, *([] if tower.elapsed is None else [tower.elapsed])]
+    assert parameters.positions == sum(table.weight.numel() for table in encodings)
     named = dict(tower.named_parameters())
     assert parameters.norms == sum(p.numel() for name, p in named.items() if "_norm." in name)
     # biases of dense layers are called `bias`, the tables of the relative bias `..._weight`

@@ -15,7 +15,7 @@ from hstu_dist.models.config import HSTUConfig
 from hstu_dist.plan.config import PlanConfig
 from hstu_dist.plan.job import DRAWS_OF_EVERYTHING, Job
 from hstu_dist.plan.memory import host_bytes, memory_of, shortages
-from hstu_dist.train import step
+from hstu_dist.train import retrieval
 from tests.distributed.ranks import run_ranks
 from tests.plan.cases import hardware, job
 
@@ -104,7 +104,7 @@ def test_the_other_parts_by_hand() -> None:
 
 
 def test_a_step_looks_up_everything_where_the_trainer_would() -> None:
-    assert DRAWS_OF_EVERYTHING == step._DRAWS_OF_EVERYTHING
+    assert DRAWS_OF_EVERYTHING == retrieval._DRAWS_OF_EVERYTHING
     # 160 tokens x 3 negatives in a step
     assert job(num_items=60).ids_of(8) == 60
     assert job(num_items=61).ids_of(8) == 61

@@ -52,4 +52,4 @@ def test_cost_of_a_sequence_is_its_flops(model: str, length: int) -> None:
     cost = session.loader(Split.TRAIN).config.cost
     expected = session.training_flops(Workload.causal([length]))
     assert cost.linear * length + cost.quadratic * length**2 == pytest.approx(expected, rel=1e-12)
-    assert cost == sequence_cost(session.training_flops)
+    assert cost == sequence_cost(lambda n: session.training_flops(Workload.causal([n])), session.config.data.max_length)

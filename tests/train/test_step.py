@@ -27,9 +27,7 @@ def work_of(batch: JaggedBatch) -> Workload:
 def step_of(data: Path, *overrides: str) -> tuple[Session, TrainStep]:
     session = build(tiny_config(data, Path("unused"), *overrides), WORLD)
     config = session.config
-    step = TrainStep(
-        session.recommender, config.loss, session.optimizers, WORLD, config.seed, config.trainer.micro_batches
-    )
+    step = TrainStep(session.objective(), session.optimizers, WORLD, config.trainer.micro_batches)
     return session, step
 
 

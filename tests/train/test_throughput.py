@@ -97,6 +97,7 @@ def test_averages_are_over_training_alone() -> None:
     assert training_averages(state, flops) == {
         "train_seconds": 10.0,
         "evaluation_seconds": 90.0,
+        "training_flops": 80_000,
         "tokens_per_second": 300.0,
         "mfu": 80_000 / 1e6,
     }
