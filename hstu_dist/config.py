@@ -22,6 +22,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from hstu_dist.cluster import ClusterConfig
+from hstu_dist.data.config import DataSetConfig
 from hstu_dist.data.stream.config import FeedConfig, StreamConfig
 from hstu_dist.distributed.config import ITEM, EmbeddingConfig, TableShape
 from hstu_dist.errors import UserError
@@ -101,6 +102,17 @@ class RunConfig:
             )
 
     @property
+    def prepared(self) -> DataSetConfig:
+        """The prepared data set of a run that trains on one.
+
+        Raises:
+            UserError: it trains on a stream.
+        """
+        if isinstance(self.data, StreamConfig):
+            raise UserError("data: got a stream, expected a prepared data set here", "choose another run")
+        return self.data
+
+    @property
     def retrieval(self) -> tuple[EncoderConfig, SoftmaxConfig]:
         """Model and loss of a retrieval run.
 
@@ -149,9 +161,8 @@ def _check_feed(config: RunConfig) -> None:
         if trainer.epochs is None:
             raise ValueError("trainer.epochs: got null, expected a number of passes over the data set")
         return
-    if config.task.kind != "retrieval":
-        raise ValueError(f"task: got {config.task.kind}, expected retrieval on a stream")
     for key, got, expected in (
+        ("task", config.task.kind, "retrieval"),
         ("trainer.epochs", trainer.epochs, None),
         ("trainer.train_on", trainer.train_on, "train"),
         ("trainer.evaluation.every_epochs", trainer.evaluation.every_epochs, 1),

@@ -65,8 +65,7 @@ def _prepared(config: RunConfig) -> Manifest:
     Raises:
         UserError: it is not prepared, lacks what is ranked by, or all of its sequences are too short.
     """
-    data = config.data
-    assert not isinstance(data, StreamConfig)
+    data = config.prepared
     manifest = load_manifest(Path(data.path), prepare_command(data))
     if isinstance(config.task, RankingConfig):
         check_ranking(config.task, config.loss, manifest)

@@ -16,7 +16,6 @@ from hstu_dist.data.contextual import contextual_features
 from hstu_dist.data.dataset import Ints, SequenceDataset
 from hstu_dist.data.loader import BatchLoader
 from hstu_dist.data.split import Moments, Split
-from hstu_dist.data.stream.config import StreamConfig
 from hstu_dist.distributed.process_group import World
 from hstu_dist.distributed.ranker import Ranker
 from hstu_dist.errors import UserError
@@ -63,12 +62,11 @@ class RankingSession(Session):
         task, loss = config.task, config.loss
         assert isinstance(task, RankingConfig)
         assert isinstance(loss, MultiTaskConfig)
-        assert not isinstance(config.data, StreamConfig)
         dataset = SequenceDataset.open(config.data.path)
         fields = action_fields(dataset.manifest.action_fields)
         heads = HeadSet(loss.heads, head_fields(loss.heads, fields))
         moments = Moments.of(dataset.timestamps, task.validation_share, task.test_share)
-        check_labels(dataset, heads, moments, prepare_command(config.data))
+        check_labels(dataset, heads, moments, prepare_command(config.prepared))
         features = contextual_features(config.data.path, dataset.manifest, task.contextual)
         shape = RankingShape(
             num_items=dataset.num_items,

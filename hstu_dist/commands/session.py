@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from hstu_dist.config import RunConfig
@@ -13,7 +13,6 @@ from hstu_dist.data.config import BatchingConfig, LoaderConfig
 from hstu_dist.data.dataset import SequenceDataset
 from hstu_dist.data.loader import BatchLoader, Shard, popularity
 from hstu_dist.data.split import Split
-from hstu_dist.data.stream.config import StreamConfig
 from hstu_dist.distributed.parallel import DenseSettings
 from hstu_dist.distributed.planner import build_tables
 from hstu_dist.distributed.process_group import World
@@ -45,7 +44,7 @@ class ModelSession:
     world: World
     recommender: Recommender | Ranker
     optimizers: Optimizers
-    average: WeightAverage | None
+    average: WeightAverage | None = None
 
     @property
     def shard(self) -> Shard:
@@ -110,7 +109,7 @@ class Session(ModelSession):
         dataset: what it trains on.
     """
 
-    dataset: SequenceDataset
+    dataset: SequenceDataset = field(kw_only=True)
 
     @property
     def num_items(self) -> int:
@@ -120,8 +119,7 @@ class Session(ModelSession):
     @classmethod
     def build(cls, config: RunConfig, world: World) -> Self:
         """Opens the data and builds the model, the same at any world size for a seed."""
-        assert not isinstance(config.data, StreamConfig)
-        dataset = SequenceDataset.open(config.data.path)
+        dataset = SequenceDataset.open(config.prepared.path)
         return cls(**vars(build_model(config, world, dataset.num_items)), dataset=dataset)
 
     @property
@@ -136,8 +134,7 @@ class Session(ModelSession):
     def loader_config(self, split: Split) -> LoaderConfig:
         """How a split is fed: shuffled for training, in order for evaluation."""
         training = split in (Split.TRAIN, Split.TRAIN_VALIDATION)
-        trainer, data = self.config.trainer, self.config.data
-        assert not isinstance(data, StreamConfig)
+        trainer, data = self.config.trainer, self.config.prepared
         return LoaderConfig(
             split=split,
             global_batch_size=trainer.global_batch_size if training else trainer.evaluation.batch_size,
