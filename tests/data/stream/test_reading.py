@@ -46,7 +46,7 @@ CSV = b"user_id,item_id,timestamp,action\n3,5,%d,1\n1,6,%d,0\n3,7,%d,2\n" % (STA
     [
         ("a.parquet", parquet()),
         ("a.csv", CSV),
-        ("b/A.CSV.GZ", gzip.compress(CSV)),
+        ("b/A.CSV.GZ", gzip.compress(CSV, mtime=0)),
         ("a.tsv", CSV.replace(b",", b"\t")),
         ("a.parquet", parquet(new_column=["x", "y", "z"])),
         ("a.parquet", parquet(timestamp=pa.array([s * 1000 for s in GOOD["timestamp"]], pa.timestamp("ms")))),
@@ -71,7 +71,7 @@ BAD: list[tuple[str, bytes, str]] = [
     ("a.parquet", parquet()[:-20], "cannot be read"),
     ("a.parquet", damaged(), "cannot be read"),
     ("a.csv.gz", CSV, "cannot be read"),
-    ("a.csv.gz", gzip.compress(CSV)[:-9], "cannot be read"),
+    ("a.csv.gz", gzip.compress(CSV, mtime=0)[:-9], "cannot be read"),
     ("a.csv", CSV + b"1,2\n", "cannot be read"),
     ("a.parquet", parquet(item_id=None), "column 'item_id' is missing, the file has user_id, timestamp, action"),
     ("a.csv", CSV.replace(b"action", b"item_id"), "column 'item_id' is there more than once"),
