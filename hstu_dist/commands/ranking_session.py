@@ -117,9 +117,9 @@ class RankingSession(Session):
         """Metrics of predicting each item's average over all training events."""
         until = self.moments.until(self.training_split)
         assert until is not None
-        trained = torch.from_numpy(self.dataset.timestamps <= until)
-        labels_EK = self.heads.labels(torch.from_numpy(self.dataset.actions)[trained])
-        items = torch.from_numpy(self.dataset.item_ids)[trained]
+        trained = self.dataset.timestamps <= until
+        labels_EK = self.heads.labels(torch.from_numpy(self.dataset.actions[trained]))
+        items = torch.from_numpy(self.dataset.item_ids[trained])
         averages_VK = item_averages(items, labels_EK, self.heads.configs, self.dataset.num_items)
         batches, device = self.loader(split).epoch(0), self.world.device
         return evaluate_item_averages(averages_VK.to(device), batches, self.heads, self.moments.before(split))

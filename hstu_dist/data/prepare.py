@@ -109,7 +109,7 @@ def _made_from(config: DataSetConfig, source: EventSource | SyntheticZipf) -> di
     recipe = {name: value for name, value in asdict(config).items() if name not in _NOT_CONTENT | _APART}
     made_from: dict[str, Any] = {"name": config.kind, "recipe": recipe, "sources": source.fingerprint()}
     if isinstance(config, EventsConfig):
-        made_from["sources"] |= features_fingerprint(config)
+        made_from["sources"] = made_from["sources"] | features_fingerprint(config)
         made_from |= {"action_fields": dict(config.action_columns), "contextual": tuple(config.contextual_columns)}
     return made_from
 

@@ -51,7 +51,7 @@ class TrainState:
     stopped_early: bool = False
     best_test_epoch: int = 0
     best_test: dict[str, float] = field(default_factory=dict)
-    tables: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, Any] = field(default_factory=dict, compare=False)
     # not compared: clocks differ between runs that compute the same
     train_seconds: float = field(default=0.0, compare=False)
     evaluation_seconds: float = field(default=0.0, compare=False)

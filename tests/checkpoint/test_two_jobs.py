@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import psutil
@@ -26,8 +25,6 @@ def test_ranks_that_outlive_their_launcher_keep_the_folder(tiny_data: Path, tmp_
             rank.suspend()
         agents = [p for p in psutil.Process(launch.process.pid).children(recursive=True) if p not in ranks]
         launch.process.kill()
-        for agent in agents:
-            agent.kill()
         launch.wait()
     try:
         with run.launch() as second:
@@ -37,10 +34,11 @@ def test_ranks_that_outlive_their_launcher_keep_the_folder(tiny_data: Path, tmp_
         assert "another process is training in it" in refused.err and "Traceback" not in refused.err
         assert all(rank.is_running() for rank in ranks)
     finally:
-        for rank in ranks:
-            rank.send_signal(signal.SIGKILL)
-        psutil.wait_procs(ranks, timeout=10)
-    assert run.checkpoints() == before
+        for agent in agents:
+            agent.kill()
+        _, alive = psutil.wait_procs(ranks, timeout=10)
+    # ranks end with their agent
+    assert not alive and run.checkpoints() == before
     # whoever comes after the last of them has the folder
     with RunFolder(run.folder).lock():
         pass

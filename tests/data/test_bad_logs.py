@@ -182,7 +182,7 @@ def test_no_permission(log: Path, tmp_path: Path) -> None:
     message = tmp_path / "message"
     message.touch(0o666)
     message.chmod(0o666)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
+    for folder in (tmp_path, *tmp_path.parents[:-2]):
         folder.chmod(0o755)
     child = os.fork()
     if child == 0:

@@ -22,7 +22,11 @@ def fails(logger: logging.Logger) -> None:
     raise ZeroDivisionError("on purpose")
 
 
-def test_the_file_has_more_than_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_file_has_more_than_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # others left handlers behind whose terminals are gone
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
     logger = logging.getLogger("hstu_dist.somewhere")
     logger.parent.setLevel(logging.WARNING)  # type: ignore[union-attr]
     terminal = logging.StreamHandler(sys.stderr)
