@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hstu_dist.__main__ import main
 from hstu_dist.commands.trained import load_trained, run_of
@@ -101,7 +102,7 @@ assert not [name for name in sys.modules if name.startswith(("hstu_dist", "torch
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_fresh_interpreter_with_torch_alone_scores(tiny_run: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
@@ -116,6 +117,9 @@ def test_a_fresh_interpreter_with_torch_alone_scores(tiny_run: Path, tmp_path: P
     for items, wanted in asks:
         vectors, candidates = (table[[row[raw] for raw in ids]][None] for ids in (items, wanted))
         times = torch.arange(0, 1000 * len(items), 1000)[None]
+        # padded histories have two columns at least
+        missing = max(0, 2 - len(items))
+        vectors, times = pad(vectors, (0, 0, 0, missing)), pad(times, (0, missing))
         inputs.append((vectors, times, torch.tensor([len(items)]), torch.tensor([10**6]), candidates))
     torch.save(inputs, tmp_path / "inputs.pt")
     command = [sys.executable, "-I", "-c", _ALONE, str(folder), str(tmp_path / "inputs.pt"), str(tmp_path / "out.pt")]
