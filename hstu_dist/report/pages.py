@@ -83,6 +83,33 @@ TOPICS: Mapping[str, Topic] = {
         "CPU kernels. Full: every sequence has N tokens; ragged: a quarter of that in mean; SL: Stochastic "
         "Length keeps whole or cuts as its law says. A padded Transformer spends the same on each. "
         "Activations: of a Transformer layer over those of an HSTU layer.",
+        headlines={
+            "8,192 tokens, training: Stochastic Length 1.6 over a padded Transformer:": (
+                "N 8192, training",
+                "sequences/s",
+                "HSTU, SL 1.6",
+                "Transformer SDPA flash, padded",
+            ),
+            "ragged sequences over it:": (
+                "N 8192, training",
+                "sequences/s",
+                "HSTU, ragged",
+                "Transformer SDPA flash, padded",
+            ),
+        },
+    ),
+    "embedding": Topic(
+        title="Embedding tables",
+        note="One lookup with its backward and update, against `nn.Embedding` with a sparse gradient and the same "
+        "optimizer by hand; above 1 means faster, or less memory than the limit. `hstu_dist` on one rank exchanges nothing.",
+        headlines={
+            "90 million rows of 32 in fp16, limit of 1.3 x their state over peak memory:": (
+                "90,000,000 rows x 32, 2 ranks",
+                "peak memory",
+                "1.3 x weights and state",
+                "fp16",
+            )
+        },
     ),
     "data": Topic(
         title="Data",

@@ -95,7 +95,7 @@ assert not [name for name in sys.modules if name.startswith(("hstu_dist", "torch
 folder, source, target = sys.argv[1:]
 inputs = torch.load(source)
 compiled = aoti_load_package(f"{folder}/compiled.pt2")
-portable = torch.export.load(f"{folder}/exported.pt2").module()
+portable = torch.export.load(f"{folder}/exported.pt2").module(check_guards=False)
 with torch.no_grad():
     torch.save([[f(*x) for x in inputs] for f in (compiled, portable)], target)
 assert not [name for name in sys.modules if name.startswith(("hstu_dist", "torchrec", "fbgemm"))]
