@@ -101,7 +101,7 @@ TOPICS: Mapping[str, Topic] = {
     "embedding": Topic(
         title="Embedding tables",
         note="One lookup with its backward and update, against `nn.Embedding` with a sparse gradient and the same "
-        "optimizer by hand; above 1 means faster, or less memory than the limit. `hstu_dist` on one rank exchanges nothing.",
+        "optimizer by hand; above 1 means faster, or less memory than the limit. One rank exchanges nothing.",
         headlines={
             "90 million rows of 32 in fp16, limit of 1.3 x their state over peak memory:": (
                 "90,000,000 rows x 32, 2 ranks",
