@@ -32,7 +32,8 @@ def test_make_gpu_is_that_command() -> None:
         text=True,
         check=True,
     )
-    assert printed.stdout.strip().endswith("-m benchmarks gpu")
+    # make itself speaks, too, if another make runs the tests
+    assert ".venv/bin/python -m benchmarks gpu" in printed.stdout.splitlines()
 
 
 class Parts:
