@@ -182,6 +182,7 @@ def prequential(prepared: Path, nproc: int, output: Path) -> tuple[list[Row], li
         seconds = time.perf_counter() - began
         run_folder = RunFolder(compose(overrides).run_dir)
         windows = windows_of(run_folder)
+        output.mkdir(parents=True, exist_ok=True)
         for plot in run_folder.path.glob("prequential.*"):
             shutil.copy(plot, output / f"stream_{plot.name}")
     predicted = [window for window in windows if "model/targets" in window]
