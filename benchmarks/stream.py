@@ -79,7 +79,7 @@ class Load:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark alone."""
-    parser.add_argument("--windows", type=int, default=16, help="of the synthetic stream, 4 million events each")
+    parser.add_argument("--windows", type=int, default=40, help="of the synthetic stream, 4 million events each")
     parser.add_argument("--nproc", type=int, default=2, help="ranks that train on MovieLens-1M")
     parser.add_argument("--prepared", type=Path, default=Path("data/ml1m"), help="MovieLens-1M, prepared")
 
@@ -148,7 +148,7 @@ def follow(files: Path, run_folder: Path) -> Iterator[tuple[float, int, int]]:
         max_length=_MAX_LENGTH,
         window_length="minute",
         settle_seconds=0.0,
-        history_mib=256.0,
+        history_mib=64.0,
     )
     archive = Archive(run_folder / "stream")
     settings = LoaderConfig(split=Split.TRAIN, global_batch_size=1024, max_length=_MAX_LENGTH)
