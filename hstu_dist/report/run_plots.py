@@ -31,8 +31,8 @@ def curves(panels: Mapping[str, Mapping[str, list[tuple[int, float]]]]) -> str:
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.3)
     if len(runs) > 1:
-        lines = [Line2D([], [], color=colour, label=run) for run, colour in colours.items()]
-        figure.legend(handles=lines, loc="outside lower center", fontsize=8)
+        handles = [Line2D([], [], color=colour, label=run) for run, colour in colours.items()]
+        figure.legend(handles=handles, loc="outside lower center", fontsize=8)
     return svg_of(figure)
 
 
