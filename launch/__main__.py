@@ -149,7 +149,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dry-run", action="store_true", help="the same as dry_run=true")
     parser.add_argument("-m", "--multirun", action="store_true", help="a run for each combination: KEY=A,B,C")
-    parser.add_argument("--jobs", type=int, default=1, help="runs of a multirun at the same time (default: 1)")
+    parser.add_argument(
+        "--jobs", type=int, help="runs of a multirun at the same time (default: hydra.launcher.jobs, 1)"
+    )
     return parser
 
 
