@@ -7,6 +7,7 @@ in a module that Hydra has not registered yet.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -40,6 +41,7 @@ class HstuDistLauncher(Launcher):  # type: ignore[misc] # Hydra has no types
         """Runs so many launches at the same time."""
         self.jobs = jobs
         self.sweep: Any = None
+        self.folder = Path()
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
         """Called by Hydra before anything is launched.
@@ -52,9 +54,12 @@ class HstuDistLauncher(Launcher):  # type: ignore[misc] # Hydra has no types
         if not isinstance(task_function, Sweep):
             raise HydraException("hydra/launcher=hstu_dist: works with `python -m launch --multirun` only")
         self.sweep = task_function
+        self.folder = Path(config.hydra.sweep.dir)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
         """Runs a batch; returns when all of it has finished, failed or been handed to a scheduler."""
+        # sweepers that write into it rely on the launcher
+        self.folder.mkdir(parents=True, exist_ok=True)
         values = self.sweep.launch(job_overrides, self.jobs)
         # completed even if the run failed: Hydra would drop the other cells of the batch
         return [

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: finished, now or before, or handed to a scheduler; 1: a rank failed; 2: bad input; 75: stopped by `cancel`;
     128 + signal: stopped by it. A run that was stopped has saved a checkpoint.
     """
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     try:
         if options.words and options.words[0] in _QUESTIONS:
             return _ask(options.words)
