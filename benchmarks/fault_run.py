@@ -24,7 +24,7 @@ from hstu_dist.data.dataset import SequenceDataset
 from hstu_dist.data.prepare import prepare
 from hstu_dist.data.split import Split, split_rows
 from hstu_dist.run_folder import RunFolder
-from hstu_dist.train.metrics_log import read_metrics
+from hstu_dist.train.metrics_file import read_metrics
 from hstu_dist.train.sequence_log import read_sequences
 
 NAME = "faulty"

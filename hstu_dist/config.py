@@ -54,6 +54,7 @@ class RunConfig:
         data, model, loss, embedding, optimizer, trainer, cluster: the parts, each described in its own class.
         plan: what `plan` assumes; training ignores it.
         published: figures of a paper to print beside the result, metric → value.
+        experiment: recipe of conf/experiment that it began with, for reports; empty: none.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -70,6 +71,7 @@ class RunConfig:
     cluster: ClusterConfig
     plan: PlanConfig = Field(default_factory=PlanConfig)
     published: dict[str, float] = Field(default_factory=dict)
+    experiment: str = ""
 
     def __post_init__(self) -> None:
         self._check_task()
@@ -207,7 +209,9 @@ def compose(overrides: Sequence[str]) -> RunConfig:
     Raises:
         UserError: an unknown group, option or key, or a value that a check refuses.
     """
-    return from_dict(compose_dict("train", overrides))
+    values = compose_dict("train", overrides)
+    chosen = [override.partition("=")[2] for override in overrides if re.match(r"\+?experiment=", override)]
+    return from_dict(values | {"experiment": chosen[-1] if chosen and chosen[-1] != "null" else ""})
 
 
 def compose_dict(primary: str, overrides: Sequence[str], folder: str = "") -> dict[str, Any]:
@@ -311,6 +315,7 @@ _MAY_CHANGE = (
     "cluster",
     "plan",
     "published",
+    "experiment",
     "output",
     "embedding.plan",
     "trainer.epochs",
@@ -342,7 +347,7 @@ def difference(old: RunConfig, new: RunConfig) -> list[str]:
 
     World size, number of epochs, logging and checkpoint settings may change between runs.
     """
-    before, after = _flatten(to_dict(old)), _flatten(to_dict(new))
+    before, after = flatten(to_dict(old)), flatten(to_dict(new))
     changed = []
     for key in sorted(before.keys() | after.keys()):
         exempt = any(key == free or key.startswith(f"{free}.") for free in (*_MAY_CHANGE, *_MAY_CHANGE_GROUPS))
@@ -351,11 +356,12 @@ def difference(old: RunConfig, new: RunConfig) -> list[str]:
     return changed
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined by points."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat
