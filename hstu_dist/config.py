@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, TypeAdapter, ValidationError
@@ -228,14 +228,24 @@ def compose_dict(primary: str, overrides: Sequence[str], folder: str = "") -> di
     root = conf_dir() / folder
     try:
         with initialize_config_dir(config_dir=str(root), version_base="1.3"):
-            composed = hydra_compose(primary, overrides=list(overrides))
+            composed = hydra_compose(primary, overrides=[_open(override) for override in overrides])
         resolved = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         unknown = re.match(r"Could not override '(.+)'", str(error))
         problem = f"{unknown[1]}: no such key" if unknown else _first_line(error)
-        raise UserError(f"configuration: {problem}", f"the groups and their keys are in {root}") from error
+        unreadable = isinstance(error, OverrideParseException)
+        remedy = (
+            """quote such a value twice: 'KEY="VALUE"'""" if unreadable else f"the groups and their keys are in {root}"
+        )
+        raise UserError(f"configuration: {problem}", remedy) from error
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
+
+
+def _open(override: str) -> str:
+    """A mapping may bring keys of its own, as `data.action_columns={is_click: 1}` does; the classes check them."""
+    key, _, value = override.partition("=")
+    return f"++{override}" if value.startswith("{") and key[:1] not in ("+", "~") else override
 
 
 def sweep(overrides: Sequence[str]) -> list[dict[str, str]]:

@@ -14,7 +14,7 @@ PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md
 _BASES = (ROOT, ROOT / "hstu_dist", DOCS)
 """Folders that paths in running text start from."""
 
-_ELSEWHERE = ("runs/", "data/", "RUN/", "OUTPUT/", "package/", "/", "registry/", "checkpoints/")
+_ELSEWHERE = ("runs/", "data/", "RUN/", "OUTPUT/", "package/", "/", "registry/", "checkpoints/", "logs/")
 """Beginnings of paths that are not in the checkout."""
 
 _FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
