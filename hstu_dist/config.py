@@ -7,14 +7,13 @@ compose and check a run.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
-from itertools import product
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -226,18 +225,10 @@ def compose_dict(primary: str, overrides: Sequence[str], folder: str = "") -> di
         UserError: Hydra cannot compose it.
     """
     root = conf_dir() / folder
-    try:
+    with explained_composition(root):
         with initialize_config_dir(config_dir=str(root), version_base="1.3"):
             composed = hydra_compose(primary, overrides=[_open(override) for override in overrides])
         resolved = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        unknown = re.match(r"Could not override '(.+)'", str(error))
-        problem = f"{unknown[1]}: no such key" if unknown else _first_line(error)
-        unreadable = isinstance(error, OverrideParseException)
-        remedy = (
-            """quote such a value twice: 'KEY="VALUE"'""" if unreadable else f"the groups and their keys are in {root}"
-        )
-        raise UserError(f"configuration: {problem}", remedy) from error
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
 
@@ -248,27 +239,21 @@ def _open(override: str) -> str:
     return f"++{override}" if value.startswith("{") and key[:1] not in ("+", "~") else override
 
 
-def sweep(overrides: Sequence[str]) -> list[dict[str, str]]:
-    """Cells of a sweep in Hydra's syntax (`a=1,2`, `a=choice(x,y)`, `a=range(1,4)`): all combinations.
-
-    Returns:
-        For each cell, key → value of every override, single ones too; the first key changes slowest. Of a key that is
-        given twice the last counts, as without a sweep.
+@contextmanager
+def explained_composition(root: Path) -> Iterator[None]:
+    """Turns what Hydra and OmegaConf raise into one line; `root` is the folder that they compose from.
 
     Raises:
-        UserError: not Hydra's syntax, or a value without a finite number of choices.
+        UserError: says what cannot be composed.
     """
-    choices: dict[str, list[str]] = {}
     try:
-        for override in OverridesParser.create().parse_overrides(overrides=list(overrides)):
-            key = override.get_key_element()
-            if override.is_sweep_override() and not override.is_discrete_sweep():
-                raise UserError(f"{override.input_line}: not a finite number of values", "use range(START,STOP,STEP)")
-            swept = override.is_sweep_override()
-            choices[key] = list(override.sweep_string_iterator()) if swept else [override.get_value_element_as_str()]
-    except HydraException as error:
-        raise UserError(f"configuration: {_first_line(error)}", "give KEY=VALUE or KEY=VALUE,VALUE") from error
-    return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
+        yield
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        unknown = re.match(r"Could not override '(.+)'", str(error))
+        problem = f"{unknown[1]}: no such key" if unknown else _first_line(error)
+        unreadable = isinstance(error, OverrideParseException)
+        quote, known = """quote such a value twice: 'KEY="VALUE"'""", f"the groups and their keys are in {root}"
+        raise UserError(f"configuration: {problem}", quote if unreadable else known) from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -125,7 +125,7 @@ def test_a_library_has_one_home(library: str, allowed: set[str]) -> None:
 
 
 def test_launch_runs_on_a_login_node() -> None:
-    for file in python_files("launch"):
+    for file in (*python_files("launch"), *python_files("hydra_plugins")):
         heavy = {name for name in imports_of(file) if name.split(".")[0] in ("torch", "torchrec", "triton")}
         assert not heavy, f"{file} imports {heavy}"
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import re
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from pydantic import TypeAdapter
 
 from benchmarks.__main__ import BENCHMARKS
@@ -16,7 +17,6 @@ from hstu_dist.commands.prepare import PrepareConfig
 from hstu_dist.commands.use import Words
 from hstu_dist.config import compose, compose_dict
 from hstu_dist.inference.config import ExportConfig, RetrieveConfig, ScoreConfig, ServeConfig
-from launch import multirun
 from launch.__main__ import _in_full, _split_dry_run
 from launch.__main__ import _parser as parser_of_the_launcher
 from tests.docs.pages import ROOT
@@ -93,7 +93,19 @@ def _launch(words: Sequence[str]) -> None:
         assert len(options.words) == 2
         return
     overrides, _ = _split_dry_run(options.words)
-    if options.multirun:
-        multirun.plan(_in_full(overrides))
-    else:
-        compose(_in_full(overrides))
+    full = _in_full(overrides)
+    compose(list(_first_cell(full)) if options.multirun else full)
+
+
+def _first_cell(overrides: Sequence[str]) -> Iterator[str]:
+    """Settings of the run that a sweep would begin with."""
+    for override in OverridesParser.create().parse_overrides(overrides=list(overrides)):
+        key = override.get_key_element()
+        if key.startswith("hydra"):
+            continue
+        if override.is_discrete_sweep():
+            yield f"{key}={next(iter(override.sweep_string_iterator()))}"
+        elif override.is_interval_sweep():
+            yield f"{key}={override.value().start}"
+        else:
+            yield str(override.input_line)

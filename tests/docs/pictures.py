@@ -59,7 +59,7 @@ def jagged() -> str:
 
 def bias() -> str:
     """Both indices of the relative bias for every visible pair of five events."""
-    drawing, side = Drawing(720, 400), 62
+    drawing, side = Drawing(740, 388), 62
     times = torch.tensor(TIMES)
     buckets = time_bucket(times[1:, None] - times[None, :-1])
     words = ("0 s", "30 s", "90 s", "1 h", "1 d", "2 d")

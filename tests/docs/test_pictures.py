@@ -24,7 +24,7 @@ def test_nothing_is_drawn_outside(name: str) -> None:
     space = "{http://www.w3.org/2000/svg}"
     for text in root.iter(f"{space}text"):
         # what letters of 11 and 13 pixels take in a wide font, on average
-        length = len(text.text or "") * (5.9 if "font-size" in text.attrib else 7.4)
+        length = len(text.text or "") * (5.9 if "font-size" in text.attrib else 6.7)
         shift = {"middle": length / 2, "end": length}.get(text.attrib.get("text-anchor", ""), 0.0)
         left, y = float(text.attrib["x"]) - shift, float(text.attrib["y"])
         assert left >= 0 and left + length <= width and 10 <= y <= height - 4, text.text
