@@ -153,6 +153,7 @@ class RunConfig:
         if (data.item_ids == "raw") != (kind != "static"):
             expected = "hash or zch for data.item_ids=raw" if kind == "static" else "static, or data.item_ids=raw"
             raise ValueError(f"embedding.vocabulary.kind: got {kind}, expected {expected}")
+        self.embedding.vocabulary.check_rows(data.num_items)
         rows = self.embedding.vocabulary.rows
         if rows not in (None, data.num_items):
             raise ValueError(

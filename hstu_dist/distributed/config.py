@@ -267,7 +267,7 @@ class EmbeddingConfig(TableConfig):
         for name, shape in needed.items():
             config = self if name == ITEM else self.tables.get(name, FurtherTableConfig())
             rows = config.vocabulary.rows or shape.num_rows
-            if shape is not _ANY:
+            if shape != _ANY:
                 config.vocabulary.check_rows(rows)
             if not isinstance(config, FurtherTableConfig):
                 found[name] = TableSpec(TableShape(rows, shape.width), self, self.optimizer)

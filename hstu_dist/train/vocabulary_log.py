@@ -39,7 +39,7 @@ class VocabularyHook(Hook):
             }
             occupied = vocabulary.occupied()
             if occupied is not None:
-                values["occupied"] = float(occupied.float().mean())
+                values["occupied"] = float(occupied.double().mean())
             if self.log is not None:
                 self.log.write(trainer.state.step, {f"vocabulary/{table}/{name}": v for name, v in values.items()})
         self._steps = 0

@@ -75,9 +75,9 @@ def test_killed_it_goes_on_as_if_nothing_had_happened(whole: Path, files: Path, 
 def test_rates_are_logged(whole: Path) -> None:
     lines = [line for line in read_metrics(whole / "stream") if "vocabulary/item/collisions" in line]
     assert lines and all(0 <= line["vocabulary/item/collisions"] <= 1 for line in lines)
-    # before the third step nobody has a row; four rows in all are shared
-    assert lines[0]["vocabulary/item/collisions"] > 0.5 > lines[-1]["vocabulary/item/collisions"]
-    assert lines[-1]["vocabulary/item/occupied"] == (ROWS - 4) / ROWS
+    # half of the items find no row of 24
+    assert all(line["vocabulary/item/collisions"] > 0.2 for line in lines)
+    assert lines[-1]["vocabulary/item/occupied"] == pytest.approx((ROWS - 4) / ROWS)
     assert sum(line["vocabulary/item/evicted_per_step"] for line in lines) > 0
     # every metric of a window counts targets without a row as not found
     assert 0 < outcome(whole)[0]["test"]["hr@10"] < 1
@@ -106,11 +106,13 @@ def test_commands_that_need_a_static_vocabulary_say_so(whole: Path) -> None:
         run_of(whole / "stream", [])
 
 
-def run_prepared(data: Path, output: Path, kind: str) -> list[str]:
-    config = prepared(data, output, kind)
+def train_prepared(data: Path, output: Path, kind: str) -> None:
+    train(prepared(data, output, kind), [].append)
+
+
+def evaluate_prepared(data: Path, output: Path, kind: str) -> list[str]:
     said: list[str] = []
-    train(config, said.append)
-    evaluate_run(config, Split.TEST, said.append)
+    evaluate_run(prepared(data, output, kind), Split.TEST, said.append)
     return said
 
 
@@ -122,7 +124,8 @@ def prepared(data: Path, output: Path, kind: str) -> RunConfig:
 @pytest.mark.parametrize("kind", ["zch", "hash"])
 def test_prepared_data_trains_with_fewer_rows_than_items(kind: str, tmp_path: Path) -> None:
     data = write_tiny_dataset(tmp_path)
-    said = run_ranks(2, run_prepared, data, tmp_path, kind)[0]
+    run_ranks(2, train_prepared, data, tmp_path, kind, timeout=30)
+    said = run_ranks(2, evaluate_prepared, data, tmp_path, kind, timeout=30)[0]
     assert "hr@10" in "\n".join(said)
     tensors = read_manifest(max((tmp_path / "tiny" / "checkpoints").glob("step-*"))).tensors
     weight = next(record for name, record in tensors.items() if name.startswith("table."))
@@ -156,7 +159,7 @@ def test_memory_of_a_vocabulary_is_counted(tmp_path: Path) -> None:
             ["embedding.vocabulary.kind=zch", "optimizer.average_decay=0.9"],
             "optimizer.average_decay: got 0.9, expected null with embedding.vocabulary.kind=zch",
         ),
-        (["embedding.vocabulary.kind=oldest"], "embedding.vocabulary.kind: got oldest"),
+        (["embedding.vocabulary.kind=oldest"], "embedding.vocabulary.kind: Input should be 'static', 'hash' or 'zch'"),
     ],
 )
 def test_bad_settings_are_refused_at_composition(more: list[str], problem: str, tmp_path: Path) -> None:
