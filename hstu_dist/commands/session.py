@@ -116,6 +116,11 @@ class Session(ModelSession):
 
     dataset: SequenceDataset = field(kw_only=True)
 
+    @property
+    def num_items(self) -> int:
+        """Rows of the item table: one for each item of the data set, unless a vocabulary has a number of its own."""
+        return self.config.embedding.vocabulary.rows or self.dataset.num_items
+
     @classmethod
     def build(cls, config: RunConfig, world: World) -> Self:
         """Opens the data and builds the model, the same at any world size for a seed."""
