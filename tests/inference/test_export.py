@@ -130,14 +130,14 @@ def test_a_fresh_interpreter_with_torch_alone_scores(tiny_run: Path, tmp_path: P
         for (items, wanted), (scores, users) in zip(asks, answers, strict=True):
             requests = Requests(
                 offsets=np.array([0, len(items)]),
-                item_ids=trained.items.encode(items),
+                item_ids=trained.inputs.items.encode(items),
                 timestamps=np.arange(0, 1000 * len(items), 1000),
                 actions=np.zeros(len(items), dtype=np.int64),
                 candidate_offsets=np.array([0, len(wanted)]),
-                candidate_ids=trained.items.encode(wanted),
+                candidate_ids=trained.inputs.items.encode(wanted),
                 times=np.array([10**6]),
             )
-            expected = trained.model.score(requests, 1024)["score"]
+            expected = trained.model.score(requests, 1024)["scores"]
             assert scores[0].tolist() == pytest.approx(expected.tolist(), abs=TOLERANCE)
             assert users.norm(dim=1).item() == pytest.approx(1, abs=1e-5)
 
