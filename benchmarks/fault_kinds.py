@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import psutil
@@ -21,6 +22,8 @@ from benchmarks.two_hosts import missing, two_hosts
 _SAME = 0.0
 _OTHER_RANKS = 0.02
 _LEFT_OUT = 0.05
+_DEVIATION_SECONDS = 600.0
+"""Of a rank's last line of log from the jump of its clock: how long ago it may have been written."""
 _CLOCK = ROOT / "benchmarks" / "inject" / "clock.c"
 _LOCAL = ("nproc=2", "cluster.max_restarts=3")
 
@@ -73,22 +76,31 @@ def _goes_on(run: FaultyRun) -> FaultyRun:
     return run
 
 
-def _kill_worker(place: Place) -> FaultyRun:
-    with _local(place) as run:
-        run.reach(place.step())
-        run.hurt()
-        place.random.choice(run.ranks()).kill()
-        _finish(run)
-    return run
+def _struck(
+    number: signal.Signals,
+    victim: Callable[[FaultyRun, Place], psutil.Process],
+    start: Callable[[Place], FaultyRun] = _local,
+) -> Callable[[Place], FaultyRun]:
+    """A fault that is one signal to one process, after which the same launch must reach the end."""
+
+    def strike(place: Place) -> FaultyRun:
+        with start(place) as run:
+            run.reach(place.step())
+            process = victim(run, place)
+            run.hurt()
+            process.send_signal(number)
+            _finish(run)
+        return run
+
+    return strike
 
 
-def _kill_agent(place: Place) -> FaultyRun:
-    with _local(place) as run:
-        run.reach(place.step())
-        run.hurt()
-        run.agents()[0].kill()
-        _finish(run)
-    return run
+def _any_rank(run: FaultyRun, place: Place) -> psutil.Process:
+    return place.random.choice(run.ranks())
+
+
+def _agent_of(node: int) -> Callable[[FaultyRun, Place], psutil.Process]:
+    return lambda run, _place: run.agents()[node]
 
 
 def _stop_worker(place: Place) -> FaultyRun:
@@ -102,15 +114,6 @@ def _stop_worker(place: Place) -> FaultyRun:
     named = f"cut off): rank {victim} " if victim else "rank 0 is gone, stopped or cannot be reached"
     if named not in (run.folder / "printed").read_text():
         raise FaultyRunError(f"nobody named rank {victim}")
-    return run
-
-
-def _terminate_worker(place: Place) -> FaultyRun:
-    with _local(place) as run:
-        run.reach(place.step())
-        run.hurt()
-        place.random.choice(run.ranks()).terminate()
-        _finish(run)
     return run
 
 
@@ -196,9 +199,14 @@ def _clock_jump(place: Place) -> FaultyRun:
     subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", library, _CLOCK], check=True)
     with _goes_on(_local(place, LD_PRELOAD=str(library), CLOCK_OFFSET=str(offset))) as run:
         run.reach(place.step())
+        jump = place.random.choice((3600, -3600))
         run.hurt()
-        offset.write_text(place.random.choice(("3600", "-3600")))
+        offset.write_text(str(jump))
         _finish(run)
+    last = (run.run_folder.logs / "ranks" / "rank-0.log").read_text().splitlines()[-1]
+    ahead = (datetime.strptime(last[:19], "%Y-%m-%d %H:%M:%S") - datetime.now()).total_seconds()
+    if abs(ahead - jump) > _DEVIATION_SECONDS:
+        raise FaultyRunError(f"rank 0 saw a clock {ahead:.0f} s ahead, not {jump}")
     return run
 
 
@@ -215,23 +223,6 @@ def _two_machines(place: Place, *more: str, **variables: str) -> FaultyRun:
         *(f"cluster.port={free_port()}", "cluster.max_restarts=4", "cluster.join_seconds=60", "nproc=1"),
     )
     return FaultyRun(place.data, place.folder, (*cluster, *more), variables)
-
-
-def _kill_second_agent(place: Place) -> FaultyRun:
-    return _kill_one_agent(place, 1)
-
-
-def _kill_first_agent(place: Place) -> FaultyRun:
-    return _kill_one_agent(place, 0)
-
-
-def _kill_one_agent(place: Place, node: int) -> FaultyRun:
-    with _two_machines(place) as run:
-        run.reach(place.step())
-        run.hurt()
-        run.agents()[node].kill()
-        _finish(run)
-    return run
 
 
 def _lose_machine(place: Place) -> FaultyRun:
@@ -322,10 +313,10 @@ def _needs_compiler() -> str:
 
 
 KINDS: Mapping[str, Kind] = {
-    "worker killed": Kind(summary="kill -9 of a rank", strike=_kill_worker, times=3),
-    "agent killed": Kind(summary="kill -9 of the agent", strike=_kill_agent, times=3),
+    "worker killed": Kind(summary="kill -9 of a rank", strike=_struck(signal.SIGKILL, _any_rank), times=3),
+    "agent killed": Kind(summary="kill -9 of the agent", strike=_struck(signal.SIGKILL, _agent_of(0)), times=3),
     "worker stopped": Kind(summary="SIGSTOP of a rank, past the collectives' time-out", strike=_stop_worker),
-    "worker terminated": Kind(summary="SIGTERM to a rank", strike=_terminate_worker),
+    "worker terminated": Kind(summary="SIGTERM to a rank", strike=_struck(signal.SIGTERM, _any_rank)),
     "launch terminated": Kind(summary="SIGTERM to the launch, then the same command", strike=_terminate_launch),
     "power failure, damaged checkpoint": Kind(
         summary="everything killed, a bit flipped in the newest checkpoint, then the same command",
@@ -340,9 +331,12 @@ KINDS: Mapping[str, Kind] = {
         summary="a loss is NaN whenever it is computed; its batch is left out", strike=_bad_batch, tolerance=_LEFT_OUT
     ),
     "clock jump": Kind(summary="wall clock an hour ahead or behind", strike=_clock_jump, unavailable=_needs_compiler),
-    "second machine's agent killed": Kind(summary="kill -9, two agents", strike=_kill_second_agent),
+    "second machine's agent killed": Kind(
+        summary="kill -9, two agents", strike=_struck(signal.SIGKILL, _agent_of(1), _two_machines)
+    ),
     "first machine's agent killed": Kind(
-        summary="kill -9 of the agent through which both meet", strike=_kill_first_agent
+        summary="kill -9 of the agent through which both meet",
+        strike=_struck(signal.SIGKILL, _agent_of(0), _two_machines),
     ),
     "machine lost for good": Kind(
         summary="one of two machines, with nodes=1:2", strike=_lose_machine, tolerance=_OTHER_RANKS

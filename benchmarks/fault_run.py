@@ -24,12 +24,13 @@ from hstu_dist.data.dataset import SequenceDataset
 from hstu_dist.data.prepare import prepare
 from hstu_dist.data.split import Split, split_rows
 from hstu_dist.run_folder import RunFolder
-from hstu_dist.train.metrics_log import read_metrics
+from hstu_dist.train.metrics_file import read_metrics
 from hstu_dist.train.sequence_log import read_sequences
 
 NAME = "faulty"
 EPOCHS = 5
-BATCH = 8
+USERS = 384
+BATCH = 32
 MAX_LENGTH = 16
 _POLL_SECONDS = 0.02
 _DEADLINE_SECONDS = 150.0
@@ -276,7 +277,7 @@ def prepared_data(folder: Path) -> Path:
         SyntheticZipfConfig(
             path=str(path),
             max_length=MAX_LENGTH,
-            num_users=96,
+            num_users=USERS,
             num_items=60,
             item_exponent=0.5,
             min_events=6,

@@ -34,6 +34,7 @@ class Outcome:
         kind: of the fault.
         recovered: whether the run ended as it had to.
         problem: why not.
+        trained_once: whether every sequence was trained on exactly once an epoch, but for batches rightly refused.
         lost_steps: steps that were taken and taken again.
         seconds: from the fault to the next step.
         difference: largest difference of a test metric to the undisturbed run's.
@@ -42,6 +43,7 @@ class Outcome:
     kind: str
     recovered: bool
     problem: str
+    trained_once: bool
     lost_steps: int
     seconds: float
     difference: float
@@ -128,7 +130,15 @@ def _strike(name: str, place: Place, undisturbed: dict[str, float]) -> Outcome:
         struck = kind.strike(place)
         return _judge(name, struck, undisturbed)
     except FaultyRunError as error:
-        return Outcome(kind=name, recovered=False, problem=str(error), lost_steps=0, seconds=0.0, difference=0.0)
+        return Outcome(
+            kind=name,
+            recovered=False,
+            problem=str(error),
+            trained_once=False,
+            lost_steps=0,
+            seconds=0.0,
+            difference=0.0,
+        )
 
 
 def _judge(name: str, struck: FaultyRun, undisturbed: dict[str, float]) -> Outcome:
@@ -136,7 +146,7 @@ def _judge(name: str, struck: FaultyRun, undisturbed: dict[str, float]) -> Outco
     seen, since = struck.seen, struck.since
     assert since is not None
     refused = [int(path.name.removeprefix("step-")) for path in struck.run_folder.replay.glob("step-*")]
-    problem = trained_once(struck, refused)
+    wrong = problem = trained_once(struck, refused)
     metrics = struck.metrics()
     difference = max(abs(metrics[metric] - value) for metric, value in undisturbed.items())
     if not problem and difference > kind.tolerance:
@@ -147,6 +157,7 @@ def _judge(name: str, struck: FaultyRun, undisturbed: dict[str, float]) -> Outco
         kind=name,
         recovered=not problem,
         problem=problem,
+        trained_once=not wrong,
         lost_steps=seen.lost_steps,
         seconds=(seen.recovered_at or since) - since,
         difference=difference,
@@ -168,7 +179,11 @@ def rows_of(outcomes: Sequence[Outcome]) -> Iterator[Row]:
 
 
 def _rows(case: str, outcomes: Sequence[Outcome]) -> Iterator[Row]:
-    counts = {"faults": len(outcomes), "recovered": sum(outcome.recovered for outcome in outcomes)}
+    counts = {
+        "faults": len(outcomes),
+        "recovered": sum(outcome.recovered for outcome in outcomes),
+        "every_sequence_once_an_epoch": sum(outcome.trained_once for outcome in outcomes),
+    }
     for metric, count in counts.items():
         yield Samples((float(count),)).row(case, "hstu_dist", metric, "1")
     recovered = [outcome for outcome in outcomes if outcome.recovered]
@@ -176,7 +191,14 @@ def _rows(case: str, outcomes: Sequence[Outcome]) -> Iterator[Row]:
         return
     yield Samples(tuple(float(o.lost_steps) for o in recovered)).row(case, "hstu_dist", "lost_steps", "steps")
     yield Samples(tuple(o.seconds for o in recovered)).row(case, "hstu_dist", "seconds_to_recover", "s")
-    yield Samples((max(o.difference for o in recovered),)).row(case, "hstu_dist", "largest_metric_difference", "1")
+    largest = {
+        "most_lost_steps": (float(max(o.lost_steps for o in recovered)), "steps"),
+        "slowest_to_recover": (max(o.seconds for o in recovered), "s"),
+        "largest_metric_difference": (max(o.difference for o in recovered), "1"),
+        "allowed_metric_difference": (max(KINDS[o.kind].tolerance for o in recovered), "1"),
+    }
+    for metric, (value, unit) in largest.items():
+        yield Samples((value,)).row(case, "hstu_dist", metric, unit)
 
 
 def ratios_of(outcomes: Sequence[Outcome]) -> Iterator[Ratio]:

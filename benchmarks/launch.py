@@ -22,7 +22,7 @@ from benchmarks.harness import Samples, turns
 from benchmarks.options import positive
 from hstu_dist.errors import UserError
 from hstu_dist.report.results import Ratio, Results, Row, write
-from hstu_dist.train.metrics_log import METRICS_FILE
+from hstu_dist.train.metrics_file import METRICS_FILE
 
 log = logging.getLogger(__name__)
 

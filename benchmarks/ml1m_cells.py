@@ -19,7 +19,7 @@ from hstu_dist.errors import UserError
 from hstu_dist.machine import cores_per_rank
 from hstu_dist.report.results import Ratio, Results, Row, load, write
 from hstu_dist.run_folder import RunFolder
-from hstu_dist.train.metrics_log import read_metrics
+from hstu_dist.train.metrics_file import read_metrics
 
 NAME = "ml1m"
 

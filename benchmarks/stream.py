@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -78,7 +79,7 @@ class Load:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark alone."""
-    parser.add_argument("--windows", type=int, default=16, help="of the synthetic stream, 4 million events each")
+    parser.add_argument("--windows", type=int, default=40, help="of the synthetic stream, 4 million events each")
     parser.add_argument("--nproc", type=int, default=2, help="ranks that train on MovieLens-1M")
     parser.add_argument("--prepared", type=Path, default=Path("data/ml1m"), help="MovieLens-1M, prepared")
 
@@ -88,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
     load = Load(windows=4, events=40_000) if options.quick else Load(windows=options.windows, events=4_000_000)
     rows, ratios = steady(load)
     if not options.quick:
-        more_rows, more_ratios = prequential(options.prepared, options.nproc)
+        more_rows, more_ratios = prequential(options.prepared, options.nproc, options.output)
         rows, ratios = rows + more_rows, ratios + more_ratios
     found = Results(
         name="stream",
@@ -147,7 +148,7 @@ def follow(files: Path, run_folder: Path) -> Iterator[tuple[float, int, int]]:
         max_length=_MAX_LENGTH,
         window_length="minute",
         settle_seconds=0.0,
-        history_mib=256.0,
+        history_mib=64.0,
     )
     archive = Archive(run_folder / "stream")
     settings = LoaderConfig(split=Split.TRAIN, global_batch_size=1024, max_length=_MAX_LENGTH)
@@ -166,8 +167,11 @@ def follow(files: Path, run_folder: Path) -> Iterator[tuple[float, int, int]]:
             window, began = window + 1, now
 
 
-def prequential(prepared: Path, nproc: int) -> tuple[list[Row], list[Ratio]]:
-    """HSTU against popularity on MovieLens-1M as a stream of weeks, as `make stream-demo` trains it."""
+def prequential(prepared: Path, nproc: int, output: Path) -> tuple[list[Row], list[Ratio]]:
+    """HSTU against popularity on MovieLens-1M as a stream of weeks, as `make stream-demo` trains it.
+
+    The run's plot is copied to the folder of result files.
+    """
     with tempfile.TemporaryDirectory() as folder:
         weeks = Path(folder, "weeks")
         play(prepared, weeks)
@@ -176,7 +180,11 @@ def prequential(prepared: Path, nproc: int) -> tuple[list[Row], list[Ratio]]:
         if launch(overrides) != ExitCode.FINISHED:
             raise UserError("the run on MovieLens-1M by weeks failed", "see its messages above")
         seconds = time.perf_counter() - began
-        windows = windows_of(RunFolder(compose(overrides).run_dir))
+        run_folder = RunFolder(compose(overrides).run_dir)
+        windows = windows_of(run_folder)
+        output.mkdir(parents=True, exist_ok=True)
+        for plot in run_folder.path.glob("prequential.*"):
+            shutil.copy(plot, output / f"stream_{plot.name}")
     predicted = [window for window in windows if "model/targets" in window]
     means = {"hstu": mean_over(predicted, "model"), "popularity": mean_over(predicted, "popularity")}
     rows = [

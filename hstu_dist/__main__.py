@@ -73,11 +73,18 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--config", type=Path, help="a resolved config.yaml instead of overrides")
         if name == "evaluate":
             command.add_argument("--split", choices=("validation", "test"), default="test", help="default: test")
-    summary = "render the committed result files into README.md, docs/results.md and plots"
+    summary = "a page about a run, or about several beside each other; or the pages of committed result files"
     report_command = commands.add_parser("report", help=summary, description=summary)
     report_command.set_defaults(run=_report)
-    report_command.add_argument("what", choices=("results",), help="what to render")
-    report_command.add_argument("--root", type=Path, default=Path(), help="a checkout (default: the current folder)")
+    report_command.add_argument(
+        "what", nargs="+", metavar="RUN", help="run folders; or `results`: README.md, docs/results.md and plots"
+    )
+    report_command.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: report.html, of one run in its folder"
+    )
+    report_command.add_argument(
+        "--root", type=Path, default=Path(), help="checkout of the results (default: the current folder)"
+    )
     report_command.add_argument("--debug", action="store_true", help="show the stack trace of an error")
     summary = "compute a refused step again and say where it left the finite numbers"
     replay_command = commands.add_parser("replay", help=summary, description=summary)
@@ -211,9 +218,12 @@ def _doctor(options: argparse.Namespace) -> ExitCode:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from hstu_dist.commands.report import report_results
+    from hstu_dist.commands.report import report_results, report_runs
 
-    report_results(options.root, say)
+    if options.what == ["results"]:
+        report_results(options.root, say)
+    else:
+        report_runs([Path(run) for run in options.what], options.output, say)
 
 
 def _checkpoint(options: argparse.Namespace) -> None:

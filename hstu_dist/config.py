@@ -7,14 +7,13 @@ compose and check a run.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
-from itertools import product
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -54,6 +53,7 @@ class RunConfig:
         data, model, loss, embedding, optimizer, trainer, cluster: the parts, each described in its own class.
         plan: what `plan` assumes; training ignores it.
         published: figures of a paper to print beside the result, metric → value.
+        experiment: recipe of conf/experiment that it began with, for reports; empty: none.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -70,6 +70,7 @@ class RunConfig:
     cluster: ClusterConfig
     plan: PlanConfig = Field(default_factory=PlanConfig)
     published: dict[str, float] = Field(default_factory=dict)
+    experiment: str = ""
 
     def __post_init__(self) -> None:
         self._check_task()
@@ -207,7 +208,9 @@ def compose(overrides: Sequence[str]) -> RunConfig:
     Raises:
         UserError: an unknown group, option or key, or a value that a check refuses.
     """
-    return from_dict(compose_dict("train", overrides))
+    values = compose_dict("train", overrides)
+    chosen = [override.partition("=")[2] for override in overrides if re.match(r"\+?experiment=", override)]
+    return from_dict(values | {"experiment": chosen[-1] if chosen and chosen[-1] != "null" else ""})
 
 
 def compose_dict(primary: str, overrides: Sequence[str], folder: str = "") -> dict[str, Any]:
@@ -222,39 +225,27 @@ def compose_dict(primary: str, overrides: Sequence[str], folder: str = "") -> di
         UserError: Hydra cannot compose it.
     """
     root = conf_dir() / folder
-    try:
+    with explained_composition(root):
         with initialize_config_dir(config_dir=str(root), version_base="1.3"):
             composed = hydra_compose(primary, overrides=list(overrides))
         resolved = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        unknown = re.match(r"Could not override '(.+)'", str(error))
-        problem = f"{unknown[1]}: no such key" if unknown else _first_line(error)
-        raise UserError(f"configuration: {problem}", f"the groups and their keys are in {root}") from error
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
 
 
-def sweep(overrides: Sequence[str]) -> list[dict[str, str]]:
-    """Cells of a sweep in Hydra's syntax (`a=1,2`, `a=choice(x,y)`, `a=range(1,4)`): all combinations.
-
-    Returns:
-        For each cell, key → value of every override, single ones too; the first key changes slowest. Of a key that is
-        given twice the last counts, as without a sweep.
+@contextmanager
+def explained_composition(root: Path) -> Iterator[None]:
+    """Turns what Hydra and OmegaConf raise into one line; `root` is the folder that they compose from.
 
     Raises:
-        UserError: not Hydra's syntax, or a value without a finite number of choices.
+        UserError: says what cannot be composed.
     """
-    choices: dict[str, list[str]] = {}
     try:
-        for override in OverridesParser.create().parse_overrides(overrides=list(overrides)):
-            key = override.get_key_element()
-            if override.is_sweep_override() and not override.is_discrete_sweep():
-                raise UserError(f"{override.input_line}: not a finite number of values", "use range(START,STOP,STEP)")
-            swept = override.is_sweep_override()
-            choices[key] = list(override.sweep_string_iterator()) if swept else [override.get_value_element_as_str()]
-    except HydraException as error:
-        raise UserError(f"configuration: {_first_line(error)}", "give KEY=VALUE or KEY=VALUE,VALUE") from error
-    return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
+        yield
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        unknown = re.match(r"Could not override '(.+)'", str(error))
+        problem = f"{unknown[1]}: no such key" if unknown else _first_line(error)
+        raise UserError(f"configuration: {problem}", f"the groups and their keys are in {root}") from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -311,6 +302,7 @@ _MAY_CHANGE = (
     "cluster",
     "plan",
     "published",
+    "experiment",
     "output",
     "embedding.plan",
     "trainer.epochs",
@@ -342,7 +334,7 @@ def difference(old: RunConfig, new: RunConfig) -> list[str]:
 
     World size, number of epochs, logging and checkpoint settings may change between runs.
     """
-    before, after = _flatten(to_dict(old)), _flatten(to_dict(new))
+    before, after = flatten(to_dict(old)), flatten(to_dict(new))
     changed = []
     for key in sorted(before.keys() | after.keys()):
         exempt = any(key == free or key.startswith(f"{free}.") for free in (*_MAY_CHANGE, *_MAY_CHANGE_GROUPS))
@@ -351,11 +343,12 @@ def difference(old: RunConfig, new: RunConfig) -> list[str]:
     return changed
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined by points."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -69,7 +69,7 @@ def _prepared(config: RunConfig) -> Manifest:
     manifest = load_manifest(Path(data.path), prepare_command(data))
     if isinstance(config.task, RankingConfig):
         check_ranking(config.task, config.loss, manifest)
-    elif manifest.max_length < _LEAST_EVENTS:
+    elif config.task.split == "leave_one_out" and manifest.max_length < _LEAST_EVENTS:
         raise UserError(
             f"data set {data.path}: its longest sequence has {manifest.max_length} events, "
             f"leave-one-out training needs at least {_LEAST_EVENTS}",

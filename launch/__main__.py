@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: finished, now or before, or handed to a scheduler; 1: a rank failed; 2: bad input; 75: stopped by `cancel`;
     128 + signal: stopped by it. A run that was stopped has saved a checkpoint.
     """
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     try:
         if options.words and options.words[0] in _QUESTIONS:
             return _ask(options.words)
@@ -149,7 +149,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dry-run", action="store_true", help="the same as dry_run=true")
     parser.add_argument("-m", "--multirun", action="store_true", help="a run for each combination: KEY=A,B,C")
-    parser.add_argument("--jobs", type=int, default=1, help="runs of a multirun at the same time (default: 1)")
+    parser.add_argument(
+        "--jobs", type=int, help="runs of a multirun at the same time (default: hydra.launcher.jobs, 1)"
+    )
     return parser
 
 

@@ -1,22 +1,29 @@
-"""A run for every combination of settings: finished ones are skipped, a failed one does not stop the others."""
+"""Runs that a Hydra sweeper asks for: finished ones are skipped, a failed one does not stop the others."""
 
 from __future__ import annotations
 
+import contextlib
 import io
+import math
+import shlex
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from rich.console import Console
 from rich.table import Table
 
-from hstu_dist.config import RunConfig, compose, sweep
+from hstu_dist.config import RunConfig, compose, conf_dir, explained_composition
 from hstu_dist.console import say
 from hstu_dist.errors import ExitCode, UserError
 from hstu_dist.run_folder import RunFolder
@@ -69,63 +76,142 @@ class Cell:
         return "stopped" if stopped else f"failed ({code})"
 
     @property
+    def objective(self) -> float:
+        """Best validation value of the monitored metric; NaN where there is none."""
+        validation = (self.result or {}).get("validation") or {}
+        return float(validation.get(self.config.trainer.evaluation.monitor, math.nan))
+
+    @property
     def printed(self) -> Path:
         """File with what its launch printed."""
         return self.config.run_dir.with_name(f"{self.config.name}.log")
 
 
-def run(overrides: Sequence[str], jobs: int, preview: Callable[[RunConfig], str] | None) -> int:
-    """Launches every cell that has not finished, shows a table and writes all results to one Parquet file.
+def run(overrides: Sequence[str], jobs: int | None, preview: Callable[[RunConfig], str] | None) -> int:
+    """Launches every cell that a sweeper asks for and that has not finished, shows a table, writes one Parquet file.
 
     Args:
-        overrides: with several values for some keys, in Hydra's syntax.
-        jobs: launches at the same time.
+        overrides: with several values for some keys, in Hydra's syntax, and those of Hydra's sweepers.
+        jobs: launches at the same time; None: `hydra.launcher.jobs`.
         preview: instead of launching, print what this says of every cell.
 
     Returns:
         0: all cells finished or were handed to a scheduler; 1: some did not; 128 + signal: stopped by it.
-    """
-    if jobs < 1:
-        raise UserError(f"--jobs: got {jobs}, expected at least 1", "give the number of runs at the same time")
-    cells = plan(overrides)
-    if preview is not None:
-        for cell in cells:
-            say(f"# {cell.config.name}\n{preview(cell.config)}")
-        return ExitCode.FINISHED
-    signal = _work_off(cells, jobs)
-    say(table(cells))
-    file = write_results(cells)
-    say(f"results: {file}")
-    for cell in cells:
-        if cell.state.startswith("failed"):
-            say(f"{cell.config.name} failed, see {cell.printed}; alone: python -m launch {' '.join(cell.overrides)}")
-    if signal is not None:
-        return 128 + signal
-    return ExitCode.FINISHED if all(c.state in ("finished", "submitted") for c in cells) else ExitCode.FAILED
-
-
-def plan(overrides: Sequence[str]) -> list[Cell]:
-    """All cells, checked; each has a run folder named after its settings.
 
     Raises:
-        UserError: a cell's settings are refused, or two would share a folder.
+        UserError: a cell's settings are refused, or two would share a folder; no cell of its batch has started.
     """
-    combinations = sweep(overrides)
-    several = {key for key in combinations[0] if len({c[key] for c in combinations}) > 1}
-    cells = []
-    for values in combinations:
-        swept = {key: value for key, value in values.items() if key in several}
-        words = [f"{key}={value}" for key, value in values.items()]
+    sweep = Sweep(fixed_settings(overrides), preview)
+    with contextlib.suppress(_StoppedError):
+        hand_to_sweeper(overrides, jobs, sweep)
+    if preview is not None:
+        return ExitCode.FINISHED
+    say(table(sweep.cells))
+    say(f"results: {write_results(sweep.cells)}")
+    for cell in sweep.cells:
+        if cell.state.startswith("failed"):
+            say(f"{cell.config.name} failed, see {cell.printed}; alone: python -m launch {shlex.join(cell.overrides)}")
+    if sweep.signal is not None:
+        return 128 + sweep.signal
+    return ExitCode.FINISHED if all(c.state in ("finished", "submitted") for c in sweep.cells) else ExitCode.FAILED
+
+
+def fixed_settings(overrides: Sequence[str]) -> set[str]:
+    """Keys to which the command line gives one value; of a key that is given twice the last counts.
+
+    Raises:
+        UserError: not Hydra's syntax, or another launcher.
+    """
+    fixed: dict[str, bool] = {}
+    with explained_composition(conf_dir()):
+        for override in OverridesParser.create().parse_overrides(overrides=list(overrides)):
+            key = override.get_key_element()
+            if key == "hydra/launcher":
+                raise UserError(f"{override.input_line}: got a launcher", "choose where the runs start with cluster=")
+            fixed[key] = not override.is_sweep_override()
+    return {key for key, alone in fixed.items() if alone}
+
+
+def hand_to_sweeper(overrides: Sequence[str], jobs: int | None, sweep: Sweep) -> None:
+    """Lets Hydra's sweeper choose cells; its launcher, hydra_plugins/hstu_dist_launcher.py, gives them to `sweep`."""
+    words = [*overrides, "hydra/launcher=hstu_dist", *([] if jobs is None else [f"hydra.launcher.jobs={jobs}"])]
+    with explained_composition(conf_dir()), tempfile.TemporaryDirectory(prefix="hstu_dist-") as nowhere:
+        if sweep.preview is not None:
+            # sweepers leave a record of themselves
+            words.append(f"hydra.sweep.dir='{nowhere}'")
+        with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
+            hydra = GlobalHydra.instance().hydra
+        # only after it has been left can cells be composed
+        assert hydra is not None
+        hydra.multirun("train", task_function=sweep, overrides=words, with_log_configuration=False)
+
+
+class _StoppedError(Exception):
+    """A signal has ended the cells; the sweeper shall ask for no more."""
+
+
+class Sweep:
+    """What has become of the cells that a sweeper has asked for.
+
+    Attributes:
+        cells: in the order in which they were asked for.
+        preview: as `run` takes it.
+        signal: that has stopped them; None: none has.
+    """
+
+    def __init__(self, fixed: Collection[str], preview: Callable[[RunConfig], str] | None) -> None:
+        """Keys that are `fixed` are the same in all cells."""
+        self.cells: list[Cell] = []
+        self.preview = preview
+        self.signal: int | None = None
+        self._fixed = fixed
+
+    def launch(self, batch: Sequence[Sequence[str]], jobs: int) -> list[float]:
+        """Launches a batch of cells, so many at a time.
+
+        Returns:
+            The best monitored validation metric of each, which sweepers that search go by; NaN where there is none.
+
+        Raises:
+            UserError: a cell's settings are refused, or two would share a folder.
+        """
+        if jobs < 1:
+            raise UserError(f"--jobs: got {jobs}, expected at least 1", "give the number of runs at the same time")
+        cells = self.plan(batch)
+        if self.preview is not None:
+            for cell in cells:
+                say(f"# {cell.config.name}\n{self.preview(cell.config)}")
+            return [math.nan] * len(cells)
+        self.signal = _work_off(cells, jobs)
+        if self.signal is not None:
+            raise _StoppedError
+        return [cell.objective for cell in cells]
+
+    def plan(self, batch: Sequence[Sequence[str]]) -> list[Cell]:
+        """Cells of a batch, checked; each has a run folder named after its settings."""
+        cells = []
+        for words in batch:
+            cell = self._cell(words)
+            known = next((other for other in self.cells if other.config.name == cell.config.name), cell)
+            if known.overrides != cell.overrides:
+                raise UserError(
+                    f"two cells are both named {cell.config.name}",
+                    "give settings whose values differ in letters or digits",
+                )
+            if known is cell:
+                self.cells.append(cell)
+            # a sweeper that searches may come back to a point
+            cells.append(known)
+        return cells
+
+    def _cell(self, words: Sequence[str]) -> Cell:
+        values = {key: value for key, _, value in (word.partition("=") for word in words)}
+        swept = {key: value for key, value in values.items() if key not in self._fixed}
         # an experiment or a name tells runs apart by itself
         base = compose(words).name
         name = base + _suffix({k: v for k, v in swept.items() if k not in ("name", "experiment")})
-        words = [*(word for word in words if not word.startswith("name=")), f"name={name}"]
-        cells.append(Cell(words, swept, base, compose(words)))
-    names = [cell.config.name for cell in cells]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise UserError(f"two cells are both named {twice}", "give settings whose values differ in letters or digits")
-    return cells
+        named = [*(word for word in words if not word.startswith("name=")), f"name={name}"]
+        return Cell(named, swept, base, compose(named))
 
 
 def _suffix(swept: Mapping[str, str]) -> str:

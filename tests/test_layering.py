@@ -107,7 +107,8 @@ def test_imports_go_one_way(file: Path) -> None:
         ("duckdb", {"data/duckdb_engine.py"}),
         ("pyspark", {"data/spark_engine.py"}),
         ("xxhash", {"checkpoint"}),
-        ("matplotlib", {"report/plots.py"}),
+        ("matplotlib", {"report/plots.py", "report/run_plots.py"}),
+        ("jinja2", {"report/run_page.py"}),
         ("faiss", {"inference/hnsw.py"}),
         ("aiohttp", {"inference/server.py"}),
         ("prometheus_client", {"inference/server.py", "inference/server_metrics.py"}),
@@ -124,7 +125,7 @@ def test_a_library_has_one_home(library: str, allowed: set[str]) -> None:
 
 
 def test_launch_runs_on_a_login_node() -> None:
-    for file in python_files("launch"):
+    for file in (*python_files("launch"), *python_files("hydra_plugins")):
         heavy = {name for name in imports_of(file) if name.split(".")[0] in ("torch", "torchrec", "triton")}
         assert not heavy, f"{file} imports {heavy}"
 

@@ -56,6 +56,7 @@ def tiny_overrides(data: Path, output: Path) -> list[str]:
         "trainer.evaluation.cutoffs=[1,10]",
         "trainer.logging.progress=false",
         "trainer.logging.tensorboard=false",
+        "trainer.logging.report=false",
     ]
 
 

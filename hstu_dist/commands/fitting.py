@@ -140,11 +140,11 @@ def _replica_hooks(session: ModelSession) -> Iterator[Hook]:
 def _draw_profile(folder: RunFolder) -> None:
     """A picture of the traced steps beside their trace; a run that trained all the same does not fail for it."""
     try:
-        # matplotlib is not among what training needs
+        # matplotlib takes half a second to import
         from hstu_dist.report.flame import write_flame
 
         logger.info("picture of a step written to %s", write_flame(folder.path)[1])
-    except (ImportError, UserError) as error:
+    except UserError as error:
         logger.warning("no picture of a step: %s", error)
 
 

@@ -142,11 +142,9 @@ def _is_hardware(override: str) -> bool:
 
 
 def _draw(plan: Plan, title: str, stem: Path) -> tuple[Path, ...]:
-    """The plots; none where matplotlib is not installed."""
-    try:
-        from hstu_dist.report.plots import save_sweep
-    except ModuleNotFoundError:
-        return ()
+    # matplotlib takes half a second to import
+    from hstu_dist.report.plots import save_sweep
+
     stacks = {ranks: vars(memory) for ranks, (memory, _) in plan.sweep.items()}
     times = {
         "all overlapped": {ranks: time.bound for ranks, (_, time) in plan.sweep.items()},

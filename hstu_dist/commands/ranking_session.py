@@ -17,6 +17,7 @@ from hstu_dist.data.contextual import contextual_features
 from hstu_dist.data.dataset import Ints, SequenceDataset
 from hstu_dist.data.loader import BatchLoader
 from hstu_dist.data.split import Moments, Split
+from hstu_dist.data.time_split import moments_of
 from hstu_dist.distributed.process_group import World
 from hstu_dist.distributed.ranker import Ranker
 from hstu_dist.errors import UserError
@@ -62,7 +63,7 @@ class RankingSession(Session):
         dataset = SequenceDataset.open(config.data.path)
         fields = action_fields(dataset.manifest.action_fields)
         heads = HeadSet(loss.heads, head_fields(loss.heads, fields))
-        moments = Moments.of(dataset.timestamps, task.validation_share, task.test_share)
+        moments = moments_of(dataset, task.validation_share, task.test_share)
         check_labels(dataset, heads, moments, prepare_command(config.prepared))
         features = contextual_features(config.data.path, dataset.manifest, task.contextual)
         shape = ranking_shape(config, dataset.num_items, fields, features.sizes)
@@ -88,7 +89,7 @@ class RankingSession(Session):
 
     def loader(self, split: Split) -> BatchLoader:
         """This rank's batches of a split by time."""
-        settings = replace(self.loader_config(split), moments=self.moments)
+        settings = replace(self.loader_config(split), targets="own")
         return BatchLoader(self.dataset, settings, self.shard, self.contextual)
 
     def workload(self, lengths: Sequence[int]) -> Workload:

@@ -12,13 +12,16 @@ from hstu_dist.data.balance import CostLaw
 from hstu_dist.data.config import BatchingConfig, LoaderConfig
 from hstu_dist.data.dataset import SequenceDataset
 from hstu_dist.data.loader import BatchLoader, Shard, popularity
-from hstu_dist.data.split import Split
+from hstu_dist.data.split import Moments, Split
+from hstu_dist.data.time_split import first_events, moments_of
 from hstu_dist.distributed.parallel import DenseSettings
 from hstu_dist.distributed.planner import build_tables
 from hstu_dist.distributed.process_group import World
 from hstu_dist.distributed.ranker import Ranker
 from hstu_dist.distributed.recommender import Recommender
 from hstu_dist.distributed.tables import EmbeddingTables
+from hstu_dist.errors import UserError
+from hstu_dist.models.config import RetrievalConfig, TaskConfig
 from hstu_dist.models.flops import Workload, count_flops, encoder_work
 from hstu_dist.preflight import memory_limit, table_shapes
 from hstu_dist.train.average import WeightAverage
@@ -107,9 +110,11 @@ class Session(ModelSession):
 
     Attributes:
         dataset: what it trains on.
+        moments: where a split by time cuts; None: leave-one-out.
     """
 
     dataset: SequenceDataset = field(kw_only=True)
+    moments: Moments | None = field(kw_only=True, default=None)
 
     @property
     def num_items(self) -> int:
@@ -118,9 +123,14 @@ class Session(ModelSession):
 
     @classmethod
     def build(cls, config: RunConfig, world: World) -> Self:
-        """Opens the data and builds the model, the same at any world size for a seed."""
+        """Opens the data and builds the model, the same at any world size for a seed.
+
+        Raises:
+            UserError: a split by time leaves nothing to train on or nothing to predict.
+        """
         dataset = SequenceDataset.open(config.prepared.path)
-        return cls(**vars(build_model(config, world, dataset.num_items)), dataset=dataset)
+        moments = retrieval_moments(dataset, config.task)
+        return cls(**vars(build_model(config, world, dataset.num_items)), dataset=dataset, moments=moments)
 
     @property
     def training_split(self) -> Split:
@@ -146,6 +156,7 @@ class Session(ModelSession):
             cost=sequence_cost(lambda n: self.training_flops(self.workload([n])), data.max_length),
             stochastic_length=data.stochastic_length if training else None,
             emission=trainer.emission if training else None,
+            moments=self.moments,
         )
 
     def evaluate(self, split: Split) -> dict[str, float]:
@@ -155,8 +166,27 @@ class Session(ModelSession):
 
     def evaluate_popularity(self, split: Split) -> dict[str, float]:
         """Metrics of the popularity baseline on a split."""
-        counts = popularity(self.dataset, self.training_split).to(self.world.device)
+        counts = popularity(self.dataset, self.training_split, self.moments).to(self.world.device)
         return evaluate_popularity(counts, self.loader(split).epoch(0), self.config.trainer.evaluation.cutoffs)
+
+
+def retrieval_moments(dataset: SequenceDataset, task: TaskConfig) -> Moments | None:
+    """Where a retrieval run's split by time cuts; None: it leaves one out.
+
+    Raises:
+        UserError: a part has no sequence with something to predict.
+    """
+    if not isinstance(task, RetrievalConfig) or task.split == "leave_one_out":
+        return None
+    moments = moments_of(dataset, task.validation_share, task.test_share)
+    for split in (Split.TRAIN, Split.VALIDATION, Split.TEST):
+        if first_events(dataset, moments, split).max(initial=0) < 2:
+            raise UserError(
+                f"data set {dataset.manifest.name}: its {split} part by time has nothing to predict, "
+                "expected a user with an event before it" + ("" if split is Split.TRAIN else " and one in it"),
+                "change task.validation_share and task.test_share, or use task.split=leave_one_out",
+            )
+    return moments
 
 
 def build_model(config: RunConfig, world: World, num_items: int) -> ModelSession:

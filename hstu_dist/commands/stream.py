@@ -27,7 +27,8 @@ from hstu_dist.distributed.process_group import World
 from hstu_dist.distributed.table_plan import PLAN_FILE
 from hstu_dist.errors import ExitCode, UserError
 from hstu_dist.run_folder import RunFolder
-from hstu_dist.train.metrics_log import MetricsLog, read_metrics
+from hstu_dist.train.metrics_file import read_metrics
+from hstu_dist.train.metrics_log import MetricsLog
 from hstu_dist.train.prequential import Feed, PrequentialHook, RetentionHook
 from hstu_dist.train.state import TrainState
 from hstu_dist.train.throughput import training_averages
@@ -130,12 +131,10 @@ def windows_of(folder: RunFolder) -> list[dict[str, Any]]:
 
 
 def draw(folder: RunFolder, config: RunConfig) -> tuple[Any, ...]:
-    """`prequential.png` and `.svg`: the monitored metric over time, and events a window; none without matplotlib."""
-    try:
-        from hstu_dist.report.plots import save_prequential
-    except ModuleNotFoundError:
-        logger.info("no plot: matplotlib is not installed")
-        return ()
+    """`prequential.png` and `.svg`: the monitored metric over time, and events a window; none without a prediction."""
+    # matplotlib takes half a second to import
+    from hstu_dist.report.plots import save_prequential
+
     monitor = config.trainer.evaluation.monitor
     windows = [window for window in windows_of(folder) if f"model/{monitor}" in window]
     if not windows:

@@ -14,6 +14,7 @@ from hstu_dist.commands.embedding_table import embedding_table
 from hstu_dist.commands.fitting import Run
 from hstu_dist.commands.memory import explained_memory
 from hstu_dist.commands.rank_log import rank_log
+from hstu_dist.commands.report import leave_report
 from hstu_dist.commands.result_table import finished_report, result_table
 from hstu_dist.commands.session import Session
 from hstu_dist.commands.sessions import open_session
@@ -60,7 +61,10 @@ def train(config: RunConfig, say: Callable[[str], None]) -> ExitCode:
         claim_precision(config.trainer.precision, world.device)
         with _locked(folder, world), rank_log(folder.logs / "ranks", world), explained_memory(world):
             run = train_stream if isinstance(config.data, StreamConfig) else _run
-            return run(config, world, folder, say)
+            code = run(config, world, folder, say)
+            if world.is_main and config.trainer.logging.report:
+                leave_report(folder.path, say)
+            return code
 
 
 @contextlib.contextmanager

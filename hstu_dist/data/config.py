@@ -304,7 +304,8 @@ class LoaderConfig:
         cost: work of a sequence by its length, what batching by FLOPs and balancing go by.
         stochastic_length: random subsequences; None: whole histories.
         emission: which sequences an epoch has; None: all of them.
-        moments: split by time, every event with its own action as the target; None: leave-one-out.
+        moments: where a split by time cuts; None: leave-one-out.
+        targets: what an input is to predict: the next event, or with `moments` its own action.
     """
 
     split: Split
@@ -318,6 +319,11 @@ class LoaderConfig:
     stochastic_length: StochasticLengthConfig | None = None
     emission: EmissionConfig | None = None
     moments: Moments | None = None
+    targets: Literal["next", "own"] = "next"
+
+    def __post_init__(self) -> None:
+        if self.targets == "own" and self.moments is None:
+            raise ValueError("targets: got own without moments, expected next: leave-one-out holds out whole events")
 
 
 def prepare_command(config: DataSetConfig) -> str:

@@ -6,7 +6,6 @@ import bisect
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from operator import and_
@@ -16,11 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.csv as pa_csv
-import pyarrow.parquet as pq
-from pyarrow import fs
 
 from hstu_dist.actions import action_fields
+from hstu_dist.data.column_tables import ColumnTable, column_tables
 from hstu_dist.data.columns import (
     Column,
     Reading,
@@ -33,16 +30,11 @@ from hstu_dist.data.columns import (
     times_of,
 )
 from hstu_dist.data.config import Duplicates, EventsConfig
-from hstu_dist.data.log_files import LogFile, find_files, fingerprints, is_hash
+from hstu_dist.data.log_files import find_files, fingerprints, is_hash
 from hstu_dist.errors import UserError
-from hstu_dist.files import is_disk_full
 
-# a missing value in a CSV file; a quoted one is taken as text
-NULL_TEXTS = ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "None")
 # the year 2286; milliseconds of any date after April 1970 are beyond it
 LATEST_PLAUSIBLE_SECOND = 10**10
-ROWS_AT_ONCE = 1 << 20
-_READ_AHEAD_BYTES = 8 << 20
 _SAMPLED_ROW_GROUPS = 16
 _SAMPLED_USERS = 1 << 20
 
@@ -180,38 +172,6 @@ class EventLog:
                 _log.warning("%s (data.duplicates=%s)", problem, self.config.duplicates.value)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ColumnTable:
-    """The wanted columns of one file of a log, in Parquet.
-
-    Attributes:
-        file: of the log.
-        filesystem: of the Parquet file, which is the log's own or a copy of its text.
-        path: of that file.
-        schema: of the wanted columns.
-        num_rows: all of them.
-    """
-
-    file: LogFile
-    filesystem: fs.FileSystem
-    path: str
-    schema: pa.Schema
-    num_rows: int
-
-    def batches(self) -> Iterator[pa.RecordBatch]:
-        """All rows, in order."""
-        with _errors_of(self.file), _parquet(self.filesystem, self.path) as parquet:
-            for batch in parquet.iter_batches(batch_size=ROWS_AT_ONCE, columns=self.schema.names):
-                yield batch.select(self.schema.names)
-
-    def some(self, name: str, row_groups: int) -> Iterator[pa.RecordBatch]:
-        """A column of at most so many row groups, evenly spread."""
-        with _errors_of(self.file), _parquet(self.filesystem, self.path) as parquet:
-            count = parquet.num_row_groups
-            chosen = sorted({index * count // row_groups for index in range(row_groups)}) if count else []
-            yield from parquet.iter_batches(batch_size=ROWS_AT_ONCE, columns=[name], row_groups=chosen)
-
-
 class OpenLog:
     """A log whose columns and types are known to be sound; values are checked as they are read."""
 
@@ -312,104 +272,3 @@ class OpenLog:
         for column in self._columns(name):
             first = column.values[0] if first is None and len(column.values) else first
             reject_times(column, first)
-
-
-def column_tables(files: Sequence[LogFile], names: list[str], scratch: Path) -> list[ColumnTable]:
-    """The named columns of files of one format and the same types.
-
-    Args:
-        files: CSV or Parquet.
-        names: of the columns.
-        scratch: an empty folder; CSV files are copied into it as columns of text.
-
-    Raises:
-        UserError: names the file and column that cannot be used.
-    """
-    tables = [_column_table(file, names, scratch / f"{index}.parquet") for index, file in enumerate(files)]
-    _check_same_types(tables)
-    return tables
-
-
-def _column_table(file: LogFile, names: list[str], copy: Path) -> ColumnTable:
-    with _errors_of(file):
-        if file.size == 0:
-            raise UserError(f"{file.shown}: is empty", "check data.input")
-        if not file.is_parquet:
-            _copy_csv(file, names, copy)
-        where = (file.filesystem, file.path) if file.is_parquet else (fs.LocalFileSystem(), str(copy))
-        with _parquet(*where) as parquet:
-            schema = parquet.schema_arrow
-            _check_columns(file, schema.names, names)
-            schema = pa.schema([schema.field(name) for name in names])
-            return ColumnTable(
-                file=file, filesystem=where[0], path=where[1], schema=schema, num_rows=parquet.metadata.num_rows
-            )
-
-
-@contextmanager
-def _parquet(filesystem: fs.FileSystem, path: str) -> Iterator[pq.ParquetFile]:
-    # buffered, so that a row group of any size does not have to fit into memory
-    with (
-        filesystem.open_input_file(path) as stream,
-        pq.ParquetFile(stream, buffer_size=_READ_AHEAD_BYTES, pre_buffer=False) as parquet,
-    ):
-        yield parquet
-
-
-def _copy_csv(file: LogFile, names: list[str], copy: Path) -> None:
-    """The named columns of a CSV file as a Parquet file of texts.
-
-    As text, because a type guessed from the first rows could round ids or fail on a later row.
-    """
-    parse = pa_csv.ParseOptions(delimiter="\t" if ".tsv" in file.path.lower() else ",")
-    with file.filesystem.open_input_stream(file.path) as stream, pa_csv.open_csv(stream, parse_options=parse) as reader:
-        _check_columns(file, reader.schema.names, names)
-    convert = pa_csv.ConvertOptions(
-        include_columns=names,
-        column_types={name: pa.string() for name in names},
-        null_values=list(NULL_TEXTS),
-        strings_can_be_null=True,
-        quoted_strings_can_be_null=False,
-    )
-    schema = pa.schema([(name, pa.string()) for name in names])
-    read = pa_csv.ReadOptions(block_size=_READ_AHEAD_BYTES)
-    with (
-        file.filesystem.open_input_stream(file.path) as stream,
-        pa_csv.open_csv(stream, read_options=read, parse_options=parse, convert_options=convert) as reader,
-        pq.ParquetWriter(copy, schema, compression="zstd") as writer,
-    ):
-        for batch in reader:
-            writer.write_batch(batch)
-
-
-@contextmanager
-def _errors_of(file: LogFile) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, pa.ArrowException) as error:
-        if is_disk_full(error):
-            raise
-        raise UserError(
-            f"{file.shown}: cannot be read ({str(error)[:300]})", "check that the file is complete and of its format"
-        ) from error
-
-
-def _check_columns(file: LogFile, existing: list[str], wanted: list[str]) -> None:
-    for name in wanted:
-        if existing.count(name) != 1:
-            how = "is missing" if name not in existing else "is there more than once"
-            raise UserError(
-                f"{file.shown}: column '{name}' {how}, the file has {', '.join(existing)}",
-                "set data.user_column, data.item_column, data.timestamp_column and data.action_column(s)",
-            )
-
-
-def _check_same_types(tables: Sequence[ColumnTable]) -> None:
-    for table in tables[1:]:
-        for field, first in zip(table.schema, tables[0].schema, strict=True):
-            if field.type != first.type:
-                raise UserError(
-                    f"{table.file.shown}: column '{field.name}' is {field.type}, expected {first.type} as in "
-                    f"{tables[0].file.shown}",
-                    "give all files of an input the same format and types",
-                )

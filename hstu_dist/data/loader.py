@@ -17,8 +17,9 @@ from hstu_dist.data.balance import Imbalance
 from hstu_dist.data.config import LoaderConfig
 from hstu_dist.data.dataset import Ints, SequenceDataset
 from hstu_dist.data.epoch import EpochLayout, EpochPlanner
-from hstu_dist.data.split import Split, part_lengths, split_rows, time_rows
+from hstu_dist.data.split import Moments, Rows, Split, part_lengths, recent_rows
 from hstu_dist.data.stochastic_length import History, spans
+from hstu_dist.data.time_split import first_events, own_action_rows
 
 _SEQUENCES_AT_ONCE = 1 << 16
 
@@ -58,11 +59,7 @@ class BatchLoader:
         self.config = config
         self.shard = shard or Shard()
         self.contextual = contextual
-        if config.moments is None:
-            self._rows = split_rows(dataset.lengths, config.split, config.max_length)
-        else:
-            where = dataset.offsets, dataset.timestamps
-            self._rows = time_rows(*where, config.moments, config.split, config.max_length)
+        self._rows = _rows_of(dataset, config)
         self._planner = EpochPlanner(self._rows, config)
         self._latest: EpochLayout | None = None
 
@@ -107,8 +104,8 @@ class BatchLoader:
     def _gather(self, layout: EpochLayout, rows: Ints) -> JaggedBatch:
         data = self.dataset
         sequences, kept = self._rows.sequences[rows], layout.lengths[rows]
-        # every history with the last target, which follows it; by time, the last input stands for itself
-        ahead = 1 if self.config.moments is None else 0
+        # every history with the last target, which follows it, unless the last input is its own
+        ahead = 1 if self.config.targets == "next" else 0
         sizes = self._rows.lengths[rows] + ahead
         read = data.read(data.offsets[sequences] + layout.starts[rows], sizes)
         ends = np.cumsum(sizes)
@@ -145,12 +142,13 @@ def _following(values: Ints, lasts: tuple[Ints, Ints], column: Ints) -> Ints:
     return following
 
 
-def popularity(dataset: SequenceDataset, split: Split = Split.TRAIN) -> torch.Tensor:
-    """How often each item occurs among the events that a model may train on; [num_items] int64.
+def popularity(dataset: SequenceDataset, split: Split = Split.TRAIN, moments: Moments | None = None) -> torch.Tensor:
+    """How often each item occurs among the events that a retrieval model may train on; [num_items] int64.
 
     Args:
         dataset: all of its sequences count, also those too short to train on.
         split: TRAIN, or TRAIN_VALIDATION after a refit.
+        moments: where a split by time cuts; None: leave-one-out.
 
     Raises:
         ValueError: a split that holds evaluation targets.
@@ -158,10 +156,23 @@ def popularity(dataset: SequenceDataset, split: Split = Split.TRAIN) -> torch.Te
     if split not in (Split.TRAIN, Split.TRAIN_VALIDATION):
         raise ValueError(f"split: got {split}, expected train or train_validation")
     counts = np.zeros(dataset.num_items, dtype=np.int64)
+    ends = _parts(dataset, split, moments)
     for first in range(0, dataset.num_sequences, _SEQUENCES_AT_ONCE):
-        offsets = dataset.offsets[first : first + _SEQUENCES_AT_ONCE + 1]
-        ends = part_lengths(np.diff(offsets), split)
-        events = spans(offsets[:-1], ends)
+        here = slice(first, first + _SEQUENCES_AT_ONCE)
+        events = spans(dataset.offsets[:-1][here], ends[here])
         counts += np.bincount(dataset.item_ids[events], minlength=dataset.num_items)
         dataset.forget_pages()
     return torch.from_numpy(counts)
+
+
+def _rows_of(dataset: SequenceDataset, config: LoaderConfig) -> Rows:
+    if config.moments is not None and config.targets == "own":
+        return own_action_rows(dataset, config.moments, config.split, config.max_length)
+    return recent_rows(_parts(dataset, config.split, config.moments), config.max_length)
+
+
+def _parts(dataset: SequenceDataset, split: Split, moments: Moments | None) -> Ints:
+    """[S] int64, how many of each sequence's first events belong to a split whose targets are next events."""
+    if moments is None:
+        return part_lengths(dataset.lengths, split)
+    return first_events(dataset, moments, split)

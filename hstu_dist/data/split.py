@@ -1,4 +1,4 @@
-"""Splitting as arithmetic on sequences, leave-one-out or by time; nothing is copied.
+"""Splitting as arithmetic on sequences; nothing is copied. Leave-one-out here, by time in `time_split`.
 
 Leave-one-out: of a sequence of n events the last is the test target (n >= 2) and the last but one the validation target
 (n >= 3); every other event is for training. So a sequence of 2 events trains on 1 and has no validation
@@ -7,10 +7,6 @@ target, and one of 1 event is training only.
 A part of m events gives m - 1 rows: a row is an input event with the event that follows it as its target.
 In validation and test the row that counts is the last one. A part of fewer than 2 events gives no rows,
 and its sequence is left out of that split, in training too: it holds nothing to predict.
-
-By time, for ranking: two moments cut the events of all users into training, validation and test. Every event is a row
-whose target is its own action, also the first of a sequence. In validation and test the rows that count are those of
-the events after the moment; what the user did before is their history.
 """
 
 from __future__ import annotations
@@ -80,7 +76,17 @@ def split_rows(lengths: Ints, split: Split, max_length: int) -> Rows:
         split: which part of each.
         max_length: > 0.
     """
-    inputs = part_lengths(lengths, split) - 1
+    return recent_rows(part_lengths(lengths, split), max_length)
+
+
+def recent_rows(parts: Ints, max_length: int) -> Rows:
+    """The rows of a split's parts of sequences, histories cut to their most recent `max_length` inputs.
+
+    Args:
+        parts: [S] int64 >= 0, how many of each sequence's first events belong to the split.
+        max_length: > 0.
+    """
+    inputs = parts - 1
     sequences = np.flatnonzero(inputs >= 1).astype(np.int64)
     inputs = inputs[sequences]
     starts = np.maximum(inputs - max_length, 0)
@@ -89,7 +95,7 @@ def split_rows(lengths: Ints, split: Split, max_length: int) -> Rows:
 
 @dataclass(frozen=True)
 class Moments:
-    """Where time is cut.
+    """Where time is cut, for all users alike.
 
     Attributes:
         train_until: seconds of the last training events.
@@ -98,19 +104,6 @@ class Moments:
 
     train_until: int
     validate_until: int
-
-    @classmethod
-    def of(cls, timestamps: Ints, validation_share: float, test_share: float) -> Moments:
-        """Moments that leave the latest shares of all events to validation and test; equal times stay together.
-
-        Args:
-            timestamps: [E] int64 seconds, in any order; not empty.
-            validation_share: of all events.
-            test_share: of all events.
-        """
-        cuts = (1 - validation_share - test_share, 1 - test_share)
-        train, validation = np.quantile(timestamps, cuts, method="lower")
-        return cls(int(train), int(validation))
 
     def before(self, split: Split) -> int:
         """Seconds up to which events are history only; -1: all events count."""
@@ -131,29 +124,3 @@ class Moments:
                 return self.validate_until
             case Split.TEST:
                 return None
-
-
-def time_rows(offsets: Ints, timestamps: Ints, moments: Moments, split: Split, max_length: int) -> Rows:
-    """The rows of a split by time, sequences cut to their most recent `max_length` events.
-
-    Args:
-        offsets: [S+1] int64.
-        timestamps: [E] int64 seconds, ascending within a sequence.
-        moments: where time is cut.
-        split: which part.
-        max_length: > 0.
-    """
-    until = moments.until(split)
-    ends = np.diff(offsets) if until is None else _events_until(offsets, timestamps, until)
-    history = _events_until(offsets, timestamps, moments.before(split))
-    sequences = np.flatnonzero(ends > history).astype(np.int64)
-    ends = ends[sequences]
-    starts = np.maximum(ends - max_length, 0)
-    return Rows(sequences=sequences, starts=starts, lengths=ends - starts)
-
-
-def _events_until(offsets: Ints, timestamps: Ints, moment: int) -> Ints:
-    """[S] int64, events of each sequence up to a moment."""
-    counts = np.concatenate(([0], np.cumsum(timestamps <= moment)))
-    events: Ints = counts[offsets[1:]] - counts[offsets[:-1]]
-    return events

@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from hstu_dist.data.column_tables import column_tables
 from hstu_dist.data.columns import Column, Reading, ids_of, reading_of
 from hstu_dist.data.config import EventsConfig
-from hstu_dist.data.events import Origin, column_tables
+from hstu_dist.data.events import Origin
 from hstu_dist.data.log_files import find_files, fingerprints
 from hstu_dist.data.schema import CONTEXT_FILE
 from hstu_dist.data.vocabulary import Vocabulary

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
+import psutil
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
@@ -89,7 +90,10 @@ class LocalAgent(LocalElasticAgent):
         if not codes:
             return set()
         deadline = time.monotonic() + (_SAVED_SECONDS if codes == {ExitCode.STOPPED} else _FAREWELL_SECONDS)
-        while (running := self._running()) and time.monotonic() < deadline:
+        # one that is stopped can notice nothing
+        while (
+            (running := self._running()) and time.monotonic() < deadline and not all(map(_is_stopped, running.values()))
+        ):
             time.sleep(0.1)
         for process in running.values():
             with suppress(ProcessLookupError):
@@ -97,6 +101,12 @@ class LocalAgent(LocalElasticAgent):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         return set(running)
+
+
+def _is_stopped(process: Any) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return bool(psutil.Process(process.pid).status() == psutil.STATUS_STOPPED)
+    return False
 
 
 @contextmanager

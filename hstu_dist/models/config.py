@@ -129,9 +129,23 @@ class DLRMConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RetrievalConfig:
-    """The model predicts the next item; the split leaves out the last two events of every user."""
+    """The model predicts the next item.
+
+    Attributes:
+        split: what is held out. leave_one_out: the last event of every user for testing, the one before for validation.
+            time: of all events, in order of time, the last `test_share` and the `validation_share` before them; of
+            these the first of every user is predicted, from what the user did before.
+        validation_share: of all events; by time only.
+        test_share: of all events; by time only.
+    """
 
     kind: Literal["retrieval"] = "retrieval"
+    split: Literal["leave_one_out", "time"] = "leave_one_out"
+    validation_share: float = Field(default=0.1, gt=0, lt=1)
+    test_share: float = Field(default=0.1, gt=0, lt=1)
+
+    def __post_init__(self) -> None:
+        _check_shares(self.validation_share, self.test_share)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -161,9 +175,12 @@ class RankingConfig:
     def __post_init__(self) -> None:
         if len(set(self.contextual)) != len(self.contextual):
             raise ValueError(f"contextual: got {list(self.contextual)}, expected different names")
-        if self.validation_share + self.test_share >= 1:
-            held_out = self.validation_share + self.test_share
-            raise ValueError(f"validation_share + test_share: got {held_out:g}, expected less than 1")
+        _check_shares(self.validation_share, self.test_share)
+
+
+def _check_shares(validation: float, test: float) -> None:
+    if validation + test >= 1:
+        raise ValueError(f"validation_share + test_share: got {validation + test:g}, expected less than 1")
 
 
 TaskConfig = Annotated[RetrievalConfig | RankingConfig, Field(discriminator="kind")]

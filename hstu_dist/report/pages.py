@@ -117,6 +117,33 @@ TOPICS: Mapping[str, Topic] = {
         "histories padded to the longest, log-normal before they are cut, with a median of 3,443 and a sigma of 1.8 "
         "that were fitted to the paper's four figures.",
     ),
+    "prepare": Topic(
+        title="Preparing event logs",
+        note="`python -m hstu_dist prepare data=events` as a process of its own, from Parquet to sequences, with "
+        "DuckDB; peak memory is resident memory of that process. A ratio above 1 means better than the limit.",
+        headlines={
+            "100 million events, limit of 60 s over time:": (
+                "100 million events of 4 million users, Zipf, memory_gib=3.8",
+                "time",
+                "60 s",
+                "duckdb",
+            )
+        },
+    ),
+    "stream": Topic(
+        title="Streams",
+        note="Steady: files of a synthetic stream to training batches, read, checked, joined to histories and written "
+        "down for restarts by one process. MovieLens-1M by weeks: each event is predicted among all items before it is "
+        "trained on, once; means over all events. A ratio above 1 means better than the limit.",
+        headlines={
+            "MovieLens-1M by weeks, HR@10 of HSTU over popularity:": (
+                "MovieLens-1M by weeks",
+                "hr@10",
+                "hstu",
+                "popularity",
+            )
+        },
+    ),
     "checkpoint": Topic(title="Checkpoints", note="A ratio above 1, or above its target, means better than the limit."),
     "plan": Topic(
         title="Capacity planner",

@@ -46,6 +46,15 @@ def save_figure(figure: Figure, stem: Path) -> tuple[Path, Path]:
     return paths
 
 
+def svg_of(figure: Figure) -> str:
+    """The figure as an `<svg>` element to put into a page of HTML."""
+    FigureCanvasAgg(figure)
+    content = io.StringIO()
+    figure.savefig(content, format="svg", bbox_inches="tight", metadata={"Date": None})
+    svg = content.getvalue()
+    return svg[svg.index("<svg") :]
+
+
 def save_bars(results: Results, metric: str, stem: Path) -> tuple[Path, Path]:
     """One panel per case, one bar per contender, its quartiles as a line.
 

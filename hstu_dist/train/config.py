@@ -122,6 +122,7 @@ class LoggingConfig:
         wandb_project: project name there.
         sequences: every rank writes the sequences of each step into the folder `sequences` of the run, to prove that
             each was trained on once an epoch.
+        report: write report.html when training ends.
     """
 
     every_steps: int = Field(default=10, gt=0)
@@ -130,6 +131,7 @@ class LoggingConfig:
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     wandb_project: str = "hstu_dist"
     sequences: bool = False
+    report: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -13,8 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from hstu_dist.errors import UserError
 from hstu_dist.files import LineFile, write_atomically
 from hstu_dist.train.config import LoggingConfig
-
-METRICS_FILE = "metrics.jsonl"
+from hstu_dist.train.metrics_file import METRICS_FILE
 
 
 class MetricsLog:
@@ -54,12 +53,6 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All lines of a run's metrics, oldest first."""
-    path = run_dir / METRICS_FILE
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def _drop_after(path: Path, step: int) -> None:

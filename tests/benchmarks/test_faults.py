@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.__main__ import main
 from benchmarks.fault_kinds import KINDS
-from benchmarks.fault_run import BATCH, EPOCHS, FaultyRun, Seen, prepared_data, trained_once
+from benchmarks.fault_run import BATCH, EPOCHS, USERS, FaultyRun, Seen, prepared_data, trained_once
 from benchmarks.faults import Outcome, ratios_of, rows_of
 from benchmarks.launch import overheads, ratio_of
 from benchmarks.launch import rows_of as launch_rows
@@ -61,12 +61,12 @@ def test_a_fault_that_stops_nobody_is_over_with_the_next_step(tmp_path: Path) ->
 
 def lines_of(run: FaultyRun) -> list[dict[str, object]]:
     """What two ranks of a good run would have written, in the order of steps."""
-    per_epoch = 96 // BATCH
+    per_epoch = USERS // BATCH
     return [
         {"step": epoch * per_epoch + batch, "refused": False, "sequences": [batch * BATCH + i for i in half]}
         for epoch in range(EPOCHS)
         for batch in range(per_epoch)
-        for half in (range(4), range(4, BATCH))
+        for half in (range(BATCH // 2), range(BATCH // 2, BATCH))
     ]
 
 
@@ -74,8 +74,8 @@ def lines_of(run: FaultyRun) -> list[dict[str, object]]:
     ("change", "left_out", "said"),
     [
         (lambda lines: lines, [], ""),
-        (lambda lines: [*lines, lines[7]], [], "epoch 0: 4 sequences too often, 0 not at all"),
-        (lambda lines: lines[:30] + lines[31:], [], "epoch 1: 0 sequences too often, 4 not at all"),
+        (lambda lines: [*lines, lines[7]], [], "epoch 0: 16 sequences too often, 0 not at all"),
+        (lambda lines: lines[:30] + lines[31:], [], "epoch 1: 0 sequences too often, 16 not at all"),
         (lambda lines: lines[:30] + lines[32:], [], "steps [15] are missing"),
         (lambda lines: lines[:30] + lines[32:], [15], ""),
         (lambda lines: [{**line, "refused": line["step"] == 15} for line in lines], [15], ""),
@@ -96,15 +96,26 @@ def test_every_sequence_exactly_once(
 
 
 def outcome(kind: str, seconds: float, recovered: bool = True) -> Outcome:
-    return Outcome(kind=kind, recovered=recovered, problem="", lost_steps=3, seconds=seconds, difference=0.01)
+    return Outcome(
+        kind=kind,
+        recovered=recovered,
+        problem="",
+        trained_once=True,
+        lost_steps=3,
+        seconds=seconds,
+        difference=0.01,
+    )
 
 
 def test_figures_of_all_faults_and_of_each_kind() -> None:
-    outcomes = [outcome("a", 4.0), outcome("a", 6.0), outcome("b", 0.0, recovered=False)]
+    a, b = "bad batch", "clock jump"
+    outcomes = [outcome(a, 4.0), outcome(a, 6.0), outcome(b, 0.0, recovered=False)]
     rows = {(row.case, row.metric): row for row in rows_of(outcomes)}
     assert rows["all", "faults"].value == 3 and rows["all", "recovered"].value == 2
-    assert rows["all", "seconds_to_recover"].value == 5.0 and rows["a", "lost_steps"].n == 2
-    assert rows["b", "recovered"].value == 0 and ("b", "lost_steps") not in rows
+    assert rows["all", "seconds_to_recover"].value == 5.0 and rows[a, "lost_steps"].n == 2
+    assert rows[b, "recovered"].value == 0 and (b, "lost_steps") not in rows
+    assert rows["all", "every_sequence_once_an_epoch"].value == 3 and rows["all", "slowest_to_recover"].value == 6.0
+    assert rows[a, "largest_metric_difference"].value <= rows[a, "allowed_metric_difference"].value
     share, slowest = ratios_of(outcomes)
     assert share.value == pytest.approx(2 / 3) and share.target == 1.0
     assert slowest.value == pytest.approx(5.0)

@@ -63,7 +63,7 @@ def test_a_killed_rank_restarts_those_of_both_hosts(
         launch.ranks()[1].kill()
         ended = launch.wait()
     assert ended.code == 0, ended.err
-    assert ended.out.count("2 ranks") == 2 and "starting all ranks again" in ended.err
+    assert ended.err.count("rank 0 of 2 starts") == 2 and "starting all ranks again" in ended.err
     assert run.result() == whole.result()
 
 

@@ -2,48 +2,74 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from hydra.errors import HydraException
 
-from hstu_dist.config import sweep
-from hstu_dist.errors import UserError
+from hstu_dist.run_folder import RunFolder
+from hydra_plugins.hstu_dist_launcher import HstuDistLauncher
 from launch.__main__ import main
-from launch.multirun import plan
-from tests.launch.runs import Started
+from launch.multirun import Cell, Sweep, fixed_settings, hand_to_sweeper
+from tests.launch.runs import REPOSITORY, Started
 from tests.tiny import result_of, tiny_overrides
 
 
+def cells_of(overrides: list[str]) -> list[Cell]:
+    sweep = Sweep(fixed_settings(overrides), lambda config: config.name)
+    hand_to_sweeper(overrides, None, sweep)
+    return sweep.cells
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["a=1"], [{"a": "1"}]),
-        (["a=1,2", "b=x"], [{"a": "1", "b": "x"}, {"a": "2", "b": "x"}]),
+        (["seed=1"], [{}]),
+        (["seed=1,2", "nproc=3"], [{"seed": "1"}, {"seed": "2"}]),
         (
-            ["a.b=choice(p,q)", "c=range(1,3)"],
-            [{"a.b": "p", "c": "1"}, {"a.b": "p", "c": "2"}, {"a.b": "q", "c": "1"}, {"a.b": "q", "c": "2"}],
+            ["model=choice(hstu,sasrec)", "seed=range(1,3)"],
+            [{"model": model, "seed": seed} for model in ("hstu", "sasrec") for seed in ("1", "2")],
         ),
-        (["a=1,2", "b=3", "a=4"], [{"a": "4", "b": "3"}]),
-        (["l=[1,2]", "+n=null", "s='a,b'"], [{"l": "[1,2]", "+n": "null", "s": "'a,b'"}]),
+        (["seed=1,2", "nproc=3", "seed=4"], [{}]),
+        (
+            ["optimizer.betas=[0.9,0.9],[0.9,0.98]"],
+            [{"optimizer.betas": "[0.9,0.9]"}, {"optimizer.betas": "[0.9,0.98]"}],
+        ),
     ],
 )
 def test_combinations_as_hydra_makes_them(overrides: list[str], expected: list[dict[str, str]]) -> None:
-    assert sweep(overrides) == expected
+    cells = cells_of(["name=x", *overrides])
+    assert [cell.swept for cell in cells] == expected
+    given = [word for word in overrides if word.startswith("nproc=")]
+    assert all(word in cell.overrides for word in given for cell in cells)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "expected"),
+    ("override", "expected"),
     [
-        (["a=interval(0,1)"], "not a finite number of values"),
-        (["a=[1"], "configuration: "),
-        (["nonsense"], "configuration: "),
+        ("seed=interval(0,1)", "does not support sweep type"),
+        ("seed=[1", "configuration: "),
+        ("nonsense", "configuration: "),
+        ("sed=1,2", "sed: no such key"),
+        ("hydra/sweeper=unheard_of", "Could not find 'hydra/sweeper/unheard_of'"),
+        ("hydra/launcher=basic", "hydra/launcher=basic: got a launcher"),
+        ("hydra.launcher.jobs=0", "--jobs: got 0"),
     ],
 )
-def test_what_is_no_sweep(overrides: list[str], expected: str) -> None:
-    with pytest.raises(UserError) as caught:
-        sweep(overrides)
-    assert expected in caught.value.problem and "\n" not in str(caught.value)
+def test_what_is_no_sweep(override: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["-m", "name=x", f"output={tmp_path}/runs", override]) == 2
+    error, mend = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ") and expected in error and mend.startswith("  mend: ")
+
+
+def test_the_launcher_is_for_runs_of_ours_only() -> None:
+    with pytest.raises(HydraException, match="works with `python -m launch --multirun` only"):
+        HstuDistLauncher(jobs=1).setup(hydra_context=None, task_function=print, config=None)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +90,7 @@ def test_what_is_no_sweep(overrides: list[str], expected: str) -> None:
     ],
 )
 def test_a_run_is_named_after_what_it_varies(overrides: list[str], names: list[str]) -> None:
-    cells = plan(overrides)
+    cells = cells_of(overrides)
     assert [cell.config.name for cell in cells][: len(names)] == names
     assert all(f"name={cell.config.name}" in cell.overrides for cell in cells)
 
@@ -74,7 +100,52 @@ def test_a_bad_cell_is_refused_before_any_starts(tmp_path: Path, capsys: pytest.
     assert "model.width: " in capsys.readouterr().err
     assert main(["-m", "--jobs", "0", "name=x", "seed=1,2"]) == 2
     assert main(["-m", "name=x", "trainer.evaluation.monitor='hr@1','hr/1'"]) == 2
-    assert not (tmp_path / "runs").exists()
+    # a sweeper's own record is no run
+    assert {path.name for path in tmp_path.glob("runs/*")} <= {"multirun"}
+
+
+CLIMBER = """
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+
+target = {"_target_": "hydra_plugins.climber.Climber"}
+ConfigStore.instance().store(group="hydra/sweeper", name="climber", node=target)
+
+class Climber(Sweeper):
+    def setup(self, *, hydra_context, task_function, config):
+        given = dict(hydra_context=hydra_context, task_function=task_function, config=config)
+        self.launcher = Plugins.instance().instantiate_launcher(**given)
+
+    def sweep(self, arguments):
+        seed = 1
+        for trial in range(3):
+            (job,) = self.launcher.launch([[*arguments, f"seed={seed}"]], initial_job_idx=trial)
+            seed = int(job.return_value)
+"""
+
+
+def test_a_sweeper_that_searches_goes_by_the_validation_metric(tmp_path: Path) -> None:
+    plugins = tmp_path / "plugins" / "hydra_plugins"
+    plugins.mkdir(parents=True)
+    (plugins / "climber.py").write_text(CLIMBER)
+    # finished before, so that nothing starts; from 7 it comes back to 7
+    for seed, value in ((1, 7.0), (7, 7.0)):
+        folder = RunFolder(tmp_path / f"x_seed-{seed}")
+        folder.path.mkdir()
+        folder.finish({"epochs": 1, "validation": {"ndcg@10": value}, "test": {"ndcg@10": 0.5}})
+    command = ["-m", "launch", "-m", "hydra/sweeper=climber", "name=x", f"output={tmp_path}", "trainer.epochs=1"]
+    done = subprocess.run(
+        [sys.executable, *command],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path / 'plugins'}:{REPOSITORY}"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = pq.read_table(tmp_path / "x_by_seed.parquet").to_pylist()
+    assert [(row["run"], row["state"]) for row in rows] == [("x_seed-1", "finished"), ("x_seed-7", "finished")]
 
 
 def test_dry_run_shows_every_cell(capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,7 +174,7 @@ def test_a_failed_cell_stops_nobody_and_finished_ones_are_skipped(tiny_data: Pat
 
     broken.unlink()
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "tiny_seed-2").rglob("*")}
-    with Started(alone.split(), tmp_path / "alone") as process:
+    with Started(shlex.split(alone), tmp_path / "alone") as process:
         assert process.wait().code == 0
     with Started(command, tmp_path / "printed") as process:
         again = process.wait()

@@ -13,7 +13,7 @@ from hstu_dist.commands.train import train
 from hstu_dist.config import load
 from hstu_dist.data.split import Split
 from hstu_dist.report.flame import read_trace
-from hstu_dist.train.metrics_log import read_metrics
+from hstu_dist.train.metrics_file import read_metrics
 from tests.distributed.cases import tiny_config
 from tests.distributed.ranks import RanksFailedError, run_ranks
 from tests.tiny import NUM_ITEMS, result_of

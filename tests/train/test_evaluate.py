@@ -61,3 +61,25 @@ def test_popularity_ranks_by_training_counts(tiny_data: Path) -> None:
         ranks.append(1 + sum((-counts[item], item) < (-counts[target], target) for item in others))
     expected = RankingMetrics.of_ranks(torch.tensor(ranks), session.config.trainer.evaluation.cutoffs).values()
     assert session.evaluate_popularity(Split.TEST) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_split_by_time_ranks_the_first_event_after_the_moment(tiny_data: Path) -> None:
+    settings = ("task.split=time", "task.validation_share=0.2", "task.test_share=0.2")
+    session = build(tiny_config(tiny_data, Path("unused"), *settings), WORLD)
+    data, moments = session.dataset, session.moments
+    assert moments is not None
+    expected = {}
+    for user in range(data.num_sequences):
+        times = data.timestamps[data.offsets[user] : data.offsets[user + 1]]
+        history = int((times <= moments.validate_until).sum())
+        if 0 < history < len(times):
+            expected[user] = int(data.item_ids[data.offsets[user] + history])
+    batches = list(session.loader(Split.TEST).epoch(0))
+    lasts = [
+        (int(row), int(b.target_ids[end - 1]))
+        for b in batches
+        for row, end in zip(b.row_ids, b.offsets[1:], strict=True)
+    ]
+    assert dict(lasts) == expected
+    assert 0 < len(expected) < NUM_USERS
+    assert 0 < session.evaluate(Split.TEST)["mrr"] <= 1

@@ -13,7 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from hstu_dist.errors import UserError
 from hstu_dist.train.config import LoggingConfig
-from hstu_dist.train.metrics_log import METRICS_FILE, MetricsLog, read_metrics
+from hstu_dist.train.metrics_file import METRICS_FILE, read_metrics
+from hstu_dist.train.metrics_log import MetricsLog
 
 PLAIN = LoggingConfig(progress=False, tensorboard=False)
 

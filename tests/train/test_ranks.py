@@ -17,7 +17,8 @@ from hstu_dist.errors import UserError
 from hstu_dist.models.flops import Workload
 from hstu_dist.train import ranks
 from hstu_dist.train.config import LoggingConfig
-from hstu_dist.train.metrics_log import MetricsLog, read_metrics
+from hstu_dist.train.metrics_file import read_metrics
+from hstu_dist.train.metrics_log import MetricsLog
 from hstu_dist.train.ranks import Pace, StragglerHook
 from hstu_dist.train.step import StepResult
 from tests.distributed.ranks import run_ranks

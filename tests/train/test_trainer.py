@@ -20,7 +20,8 @@ from hstu_dist.commands.fitting import stop_requests
 from hstu_dist.models.flops import Workload
 from hstu_dist.train.config import CheckpointConfig, EvaluationConfig, LoggingConfig, ProfileConfig
 from hstu_dist.train.hooks import CheckpointHook, EvaluateHook, LogHook, TrackTestHook
-from hstu_dist.train.metrics_log import MetricsLog, read_metrics
+from hstu_dist.train.metrics_file import read_metrics
+from hstu_dist.train.metrics_log import MetricsLog
 from hstu_dist.train.profile import ProfileHook
 from hstu_dist.train.state import TrainState
 from hstu_dist.train.step import StepResult

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from hstu_dist.data.column_tables import NULL_TEXTS
 from hstu_dist.data.columns import Column, Reading, actions_of, ids_of, is_text, reading_of, times_of
-from hstu_dist.data.events import NULL_TEXTS
 from hstu_dist.data.log_files import CSV_SUFFIXES, PARQUET_SUFFIXES
 from hstu_dist.data.stream.config import StreamConfig
 from hstu_dist.data.stream.keys import item_rows, user_keys
