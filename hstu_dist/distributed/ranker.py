@@ -19,6 +19,8 @@ from hstu_dist.ops import backends
 class Ranker(SharedModel):
     """Tables and a tower that predicts actions. All ranks call every method together."""
 
+    tower: RankingTower | DLRMTower
+
     def __init__(
         self,
         tables: EmbeddingTables,

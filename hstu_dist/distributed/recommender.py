@@ -17,6 +17,8 @@ from hstu_dist.models.tower import Tower
 class Recommender(SharedModel):
     """Tables and a tower that finds the next item. All ranks call every method together."""
 
+    tower: Tower
+
     def __init__(
         self, tables: EmbeddingTables, model: EncoderConfig, device: torch.device, seed: int, dense: DenseSettings
     ) -> None:
