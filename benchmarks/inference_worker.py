@@ -23,6 +23,8 @@ from hstu_dist.models.tower import Tower
 def main() -> None:
     """Serves until SIGTERM."""
     keep_freed_memory()
+    # the other core has HTTP and the clients
+    torch.set_num_threads(1)
     model = encoder_config(compose(["experiment=ml1m_hstu_large"]))
     torch.manual_seed(0)
     tower = Tower(model, torch.device("cpu")).requires_grad_(False)
