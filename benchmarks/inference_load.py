@@ -59,7 +59,7 @@ class Load:
 
 def serving(quick: bool) -> Findings:
     """Starts a server in a process of its own and measures it from this one."""
-    seconds = 1.0 if quick else 8.0
+    seconds = 0.4 if quick else 8.0
     with _server() as url:
         capacity, steady, overload = asyncio.run(_phases(url, seconds))
     rows = [*_rows("as fast as 16 clients go", capacity), *_rows(f"{_RATE:g} requests/s offered", steady)]

@@ -25,7 +25,7 @@ from hstu_dist.models.config import RetrievalConfig, TaskConfig
 from hstu_dist.models.flops import Workload, count_flops, encoder_work
 from hstu_dist.preflight import memory_limit, table_shapes
 from hstu_dist.train.average import WeightAverage
-from hstu_dist.train.evaluate import evaluate, evaluate_popularity
+from hstu_dist.train.evaluate import evaluate, evaluate_popularity, measures_of
 from hstu_dist.train.optimizer import Optimizers
 from hstu_dist.train.retrieval import RetrievalObjective
 from hstu_dist.train.step import Objective
@@ -162,12 +162,12 @@ class Session(ModelSession):
     def evaluate(self, split: Split) -> dict[str, float]:
         """Metrics of the current weights on a split, or of their average where there is one."""
         with self.averaged():
-            return evaluate(self.retriever, self.loader(split).epoch(0), self.config.trainer.evaluation.cutoffs)
+            return evaluate(self.retriever, self.loader(split).epoch(0), measures_of(self.config.trainer.evaluation))
 
     def evaluate_popularity(self, split: Split) -> dict[str, float]:
         """Metrics of the popularity baseline on a split."""
         counts = popularity(self.dataset, self.training_split, self.moments).to(self.world.device)
-        return evaluate_popularity(counts, self.loader(split).epoch(0), self.config.trainer.evaluation.cutoffs)
+        return evaluate_popularity(counts, self.loader(split).epoch(0), measures_of(self.config.trainer.evaluation))
 
 
 def retrieval_moments(dataset: SequenceDataset, task: TaskConfig) -> Moments | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Iterable, Iterator
@@ -17,12 +18,14 @@ from hstu_dist.data.config import (
     Duplicates,
     EventsConfig,
     MovieLensConfig,
+    PluginDataConfig,
     PreparationConfig,
     SyntheticZipfConfig,
 )
 from hstu_dist.data.engine import Engine
 from hstu_dist.data.events import EventLog, Origin
 from hstu_dist.data.flat_columns import write_index
+from hstu_dist.data.plugin_source import PluginSource
 from hstu_dist.data.schema import (
     CONTEXT_FILE,
     ITEMS_FILE,
@@ -52,7 +55,7 @@ _APART = {"action_columns", "user_features", "contextual_columns"}
 _log = logging.getLogger(__name__)
 
 
-EventSource = MovieLens | Amazon | EventLog
+EventSource = MovieLens | Amazon | EventLog | PluginSource
 
 
 def prepare(config: DataSetConfig, how: PreparationConfig | None = None) -> Manifest:
@@ -108,6 +111,8 @@ def _made_from(config: DataSetConfig, source: EventSource | SyntheticZipf) -> di
     """What of the manifest is known before anything is read."""
     recipe = {name: value for name, value in asdict(config).items() if name not in _NOT_CONTENT | _APART}
     made_from: dict[str, Any] = {"name": config.kind, "recipe": recipe, "sources": source.fingerprint()}
+    if isinstance(config, PluginDataConfig):
+        recipe["settings"] = json.dumps(config.settings, sort_keys=True)
     if isinstance(config, EventsConfig):
         made_from["sources"] = made_from["sources"] | features_fingerprint(config)
         made_from |= {"action_fields": dict(config.action_columns), "contextual": tuple(config.contextual_columns)}
@@ -134,7 +139,7 @@ def _events_to_sequences(
 
 def _stage(source: EventSource, folder: Path, work: Workspace, memory: int) -> dict[str, Any]:
     with work.scratch("text") as scratch:
-        events = source.open(scratch) if isinstance(source, EventLog) else source.read()
+        events = source.open(scratch) if isinstance(source, EventLog | PluginSource) else source.read()
         staged = stage(events, folder, memory)
         return {"staged": asdict(staged), "origin": asdict(events.origin)}
 
@@ -164,11 +169,13 @@ def _source(config: DataSetConfig) -> EventSource | SyntheticZipf:
             return EventLog(config)
         case SyntheticZipfConfig():
             return SyntheticZipf(config)
+        case PluginDataConfig():
+            return PluginSource(config)
 
 
 def _cleaning(config: DataSetConfig) -> Cleaning:
     match config:
-        case MovieLensConfig() | SyntheticZipfConfig():
+        case MovieLensConfig() | SyntheticZipfConfig() | PluginDataConfig():
             return Cleaning()
         case AmazonConfig():
             return Cleaning(duplicates=Duplicates.DROP, min_user_events=5, min_item_events=5)
