@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, TypeAdapter, ValidationError
@@ -37,7 +37,7 @@ HARDWARE = "hardware"
 """Folder of conf/ with the clusters that `plan` knows; no part of a run."""
 
 
-_OPEN = re.compile(r"[\w.]+\.(settings|metrics|action_columns|tables)(\.[\w@.-]+)?=")
+_OPEN = re.compile(r"(published|[\w.]+\.(settings|metrics|action_columns|tables))(\.[\w@.-]+)?=")
 """Settings whose keys are the user's own: Hydra takes new ones only with a prefix."""
 
 FEATURES: tuple[str, ...] = ()
@@ -260,7 +260,9 @@ def explained_composition(root: Path) -> Iterator[None]:
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         unknown = re.match(r"Could not override '(.+)'", str(error))
         problem = f"{unknown[1]}: no such key" if unknown else _first_line(error)
-        raise UserError(f"configuration: {problem}", f"the groups and their keys are in {root}") from error
+        unreadable = isinstance(error, OverrideParseException)
+        quote, known = """quote such a value twice: 'KEY="VALUE"'""", f"the groups and their keys are in {root}"
+        raise UserError(f"configuration: {problem}", quote if unreadable else known) from error
 
 
 def _first_line(error: BaseException) -> str:

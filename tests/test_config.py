@@ -65,6 +65,19 @@ def test_every_yaml_file_is_in_a_group_or_composed_itself() -> None:
     assert files == alone | {f"{g}/{o}.yaml" for g, options in GROUPS.items() for o in options}
 
 
+def test_a_mapping_may_bring_keys_that_the_yaml_has_not() -> None:
+    bits = compose_dict("prepare", ["data=events", "data.action_columns={click: 1, seconds: 20}"])["data"]
+    assert bits["action_columns"] == {"click": 1, "seconds": 20}
+    assert run_config("published={hr@7: 0.5}").published["hr@7"] == 0.5
+
+
+def test_a_value_that_hydra_cannot_read_is_to_be_quoted() -> None:
+    with pytest.raises(UserError) as caught:
+        compose(["name=x", "output=s3://bucket?region=west"])
+    assert caught.value.remedy == """quote such a value twice: 'KEY="VALUE"'"""
+    assert compose(["experiment=ml1m", 'output="s3://bucket?region=west"']).output == "s3://bucket?region=west"
+
+
 @pytest.mark.parametrize("experiment", GROUPS["experiment"])
 def test_every_experiment_composes_alone_and_names_its_run(experiment: str) -> None:
     assert compose([f"experiment={experiment}"]).name == experiment
