@@ -21,7 +21,7 @@ from hstu_dist.data.split import Split
 from hstu_dist.distributed.table_plan import configured_plan
 from hstu_dist.errors import UserError
 from hstu_dist.preflight import specs_of
-from hstu_dist.train.metrics_log import read_metrics
+from hstu_dist.train.metrics_file import read_metrics
 from tests.data.stream.cases import events_of, table_of
 from tests.distributed.ranks import RanksFailedError, run_ranks
 from tests.tiny import tiny_overrides, write_tiny_dataset
