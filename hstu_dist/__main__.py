@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from hstu_dist import __version__
 from hstu_dist.config import RunConfig, compose, compose_dict, groups_help, hardware_names, load
@@ -148,11 +149,11 @@ def _add_checkpoint(commands: argparse._SubParsersAction[argparse.ArgumentParser
 
 def _add_uses(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Commands that use a trained run."""
-    for name, summary, function in (
-        ("score", "score the candidates of a Parquet file of requests", _score),
-        ("retrieve", "find the best items of the corpus for a Parquet file of histories", _retrieve),
-        ("export", "write the tower as packages that need nothing but torch", _export),
-        ("serve", "answer requests over HTTP", _serve),
+    for name, summary in (
+        ("score", "score the candidates of a Parquet file of requests"),
+        ("retrieve", "find the best items of the corpus for a Parquet file of histories"),
+        ("export", "write the tower as packages that need nothing but torch"),
+        ("serve", "answer requests over HTTP"),
     ):
         command = commands.add_parser(
             name,
@@ -160,7 +161,7 @@ def _add_uses(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
             description=f"{summary}, with a run's best checkpoint, on one process",
             epilog=f"settings of {name}, their defaults and meaning: conf/{name}.yaml",
         )
-        command.set_defaults(run=function)
+        command.set_defaults(run=_use, command=name)
         command.add_argument(
             "words", nargs="+", metavar="RUN | key=value", help="the run's folder, or its settings; settings of the use"
         )
@@ -251,44 +252,20 @@ def _checkpoint(options: argparse.Namespace) -> None:
         inspect(options.path, say)
 
 
-def _score(options: argparse.Namespace) -> None:
-    from hstu_dist.commands.use import Words
-    from hstu_dist.inference.config import ScoreConfig
+def _use(options: argparse.Namespace) -> None:
+    """A command of `_add_uses`; wrong settings are named before torch is there."""
+    from hstu_dist.commands.use import USES, Words
 
-    words = Words.of("score", ScoreConfig, options.words)
-    from hstu_dist.commands.score import score_file
+    words = Words[Any].of(options.command, USES[options.command], options.words)
+    from hstu_dist.commands import export, score, serve
 
-    score_file(words.run, words.overrides, words.settings, say)
-
-
-def _retrieve(options: argparse.Namespace) -> None:
-    from hstu_dist.commands.use import Words
-    from hstu_dist.inference.config import RetrieveConfig
-
-    words = Words.of("retrieve", RetrieveConfig, options.words)
-    from hstu_dist.commands.score import retrieve_file
-
-    retrieve_file(words.run, words.overrides, words.settings, say)
-
-
-def _export(options: argparse.Namespace) -> None:
-    from hstu_dist.commands.use import Words
-    from hstu_dist.inference.config import ExportConfig
-
-    words = Words.of("export", ExportConfig, options.words)
-    from hstu_dist.commands.export import export_run
-
-    export_run(words.run, words.overrides, words.settings, say)
-
-
-def _serve(options: argparse.Namespace) -> None:
-    from hstu_dist.commands.use import Words
-    from hstu_dist.inference.config import ServeConfig
-
-    words = Words.of("serve", ServeConfig, options.words)
-    from hstu_dist.commands.serve import serve_run
-
-    serve_run(words.run, words.overrides, words.settings, say)
+    commands: dict[str, Callable[[Words[Any], Callable[[str], None]], None]] = {
+        "score": score.score_file,
+        "retrieve": score.retrieve_file,
+        "export": export.export_run,
+        "serve": serve.serve_run,
+    }
+    commands[options.command](words, say)
 
 
 if __name__ == "__main__":

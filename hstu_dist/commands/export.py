@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from hstu_dist.commands.trained import encoder_config, inputs_of, read_weights, run_of, tower_of
+from hstu_dist.commands.use import Words
 from hstu_dist.errors import UserError
 from hstu_dist.inference.config import ExportConfig
 from hstu_dist.inference.export import Bounds, exported, write_package
 from hstu_dist.models.tower import Tower
 
 
-def export_run(run: Path | None, overrides: Sequence[str], settings: ExportConfig, say: Callable[[str], None]) -> None:
+def export_run(words: Words[ExportConfig], say: Callable[[str], None]) -> None:
     """Writes the packages, the item table and their description.
 
     Args:
-        run: folder of the run, or None.
-        overrides: the run's settings, if there is no folder.
-        settings: of the command.
+        words: which run, and the settings of the command.
         say: prints a line for the user.
 
     Raises:
         UserError: the run cannot be used, the output holds something else, or there is no compiler.
     """
-    config, folder = run_of(run, overrides)
+    settings = words.settings
+    config, folder = run_of(words.run, words.overrides)
     model = encoder_config(config)
     inputs = inputs_of(config, settings.prepared_data)
     weights = read_weights(folder, model.width)

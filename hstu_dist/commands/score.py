@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from hstu_dist.commands.trained import Trained, load_trained, run_of
+from hstu_dist.commands.use import Words
 from hstu_dist.data.contextual import USER
 from hstu_dist.data.request_files import Piece, RequestFile, answers
 from hstu_dist.errors import UserError
@@ -20,19 +21,18 @@ from hstu_dist.inference.retrieval import ExactSearch, RetrievalModel, Search
 _NOBODY = np.zeros(0, dtype=np.int64)
 
 
-def score_file(run: Path | None, overrides: Sequence[str], settings: ScoreConfig, say: Callable[[str], None]) -> None:
+def score_file(words: Words[ScoreConfig], say: Callable[[str], None]) -> None:
     """Writes the input's rows with lists of scores, or of what is predicted, beside the candidates.
 
     Args:
-        run: folder of the run, or None.
-        overrides: the run's settings, if there is no folder.
-        settings: of the command.
+        words: which run, and the settings of the command.
         say: prints a line for the user.
 
     Raises:
         UserError: the run, the input or the output is not what it should be; nothing is written.
     """
-    trained = load_trained(*run_of(run, overrides), settings)
+    settings = words.settings
+    trained = load_trained(*run_of(words.run, words.overrides), settings)
     read = (*trained.inputs.actions, *map(_column, trained.inputs.contextual))
     source = RequestFile(Path(settings.input), needed=("item_ids", "timestamps", "candidates", *read))
     with answers(source, Path(settings.output), dict.fromkeys(trained.model.outputs, "float")) as output:
@@ -44,21 +44,18 @@ def score_file(run: Path | None, overrides: Sequence[str], settings: ScoreConfig
     say(f"{settings.output}: {source.num_rows} requests scored with step {trained.step} of {trained.run}")
 
 
-def retrieve_file(
-    run: Path | None, overrides: Sequence[str], settings: RetrieveConfig, say: Callable[[str], None]
-) -> None:
+def retrieve_file(words: Words[RetrieveConfig], say: Callable[[str], None]) -> None:
     """Writes the input's rows with a list of the best items and one of their scores.
 
     Args:
-        run: folder of the run, or None.
-        overrides: the run's settings, if there is no folder.
-        settings: of the command.
+        words: which run, and the settings of the command.
         say: prints a line for the user.
 
     Raises:
         UserError: the run, the input or the output is not what it should be; nothing is written.
     """
-    trained = load_trained(*run_of(run, overrides), settings)
+    settings = words.settings
+    trained = load_trained(*run_of(words.run, words.overrides), settings)
     model = trained.retrieval
     search = search_of(model, settings.index)
     source = RequestFile(Path(settings.input), needed=("item_ids", "timestamps"))

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 from hstu_dist.commands.trained import load_trained, run_of
+from hstu_dist.commands.use import Words
 from hstu_dist.errors import UserError
 from hstu_dist.inference.cache import StateCache
 from hstu_dist.inference.config import ServeConfig
 
 
-def serve_run(run: Path | None, overrides: Sequence[str], settings: ServeConfig, say: Callable[[str], None]) -> None:
+def serve_run(words: Words[ServeConfig], say: Callable[[str], None]) -> None:
     """Serves until it is asked to stop.
 
     Args:
-        run: folder of the run, or None.
-        overrides: the run's settings, if there is no folder.
-        settings: of the command.
+        words: which run, and the settings of the command.
         say: prints a line for the user.
 
     Raises:
@@ -27,8 +25,9 @@ def serve_run(run: Path | None, overrides: Sequence[str], settings: ServeConfig,
         from hstu_dist.inference.server import Served, serve
     except ImportError as error:
         raise UserError(f"serve: needs the package {error.name}", "install hstu-dist[serve]") from error
+    settings = words.settings
     cache = StateCache(settings.cache_mib << 20) if settings.cache_mib else None
-    trained = load_trained(*run_of(run, overrides), settings, cache)
+    trained = load_trained(*run_of(words.run, words.overrides), settings, cache)
     description = {"run": trained.run.name, "step": trained.step}
     say(f"serving step {trained.step} of {trained.run}: {len(trained.inputs.items)} items")
     serve(Served(model=trained.model, inputs=trained.inputs, description=description), settings, say)

@@ -16,6 +16,9 @@ from hstu_dist.validation import as_user_error
 
 Settings = TypeVar("Settings", ScoreConfig, RetrieveConfig, ExportConfig, ServeConfig)
 
+USES = {"score": ScoreConfig, "retrieve": RetrieveConfig, "export": ExportConfig, "serve": ServeConfig}
+"""Settings of each command, which are also its YAML file."""
+
 
 @dataclass(frozen=True)
 class Words(Generic[Settings]):

@@ -14,14 +14,11 @@ from benchmarks.__main__ import BENCHMARKS
 from hstu_dist.__main__ import _parser as parser_of_the_package
 from hstu_dist.commands.plan import settings_of
 from hstu_dist.commands.prepare import PrepareConfig
-from hstu_dist.commands.use import Words
+from hstu_dist.commands.use import USES, Words
 from hstu_dist.config import compose, compose_dict
-from hstu_dist.inference.config import ExportConfig, RetrieveConfig, ScoreConfig, ServeConfig
 from launch.__main__ import _in_full, _split_dry_run
 from launch.__main__ import _parser as parser_of_the_launcher
 from tests.docs.pages import ROOT
-
-USES = {"score": ScoreConfig, "retrieve": RetrieveConfig, "export": ExportConfig, "serve": ServeConfig}
 
 FOREIGN = frozenset(
     {"cd", "cp", "curl", "git", "kill", "kubectl", "mkdir", "pip", "pre-commit", "rm", "sleep", "source", "wait"}

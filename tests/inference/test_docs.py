@@ -8,13 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from hstu_dist.commands.use import Words
-from hstu_dist.inference.config import ExportConfig, RetrieveConfig, ScoreConfig, ServeConfig
+from hstu_dist.commands.use import USES, Words
 from tests.inference.mask_picture import FIGURES, PICTURES, picture
 
 PAGE = (Path(__file__).parents[2] / "docs" / "inference.md").read_text()
 COMMANDS = [shlex.split(line, comments=True) for line in re.findall(r"^python -m hstu_dist .*$", PAGE, re.MULTILINE)]
-KINDS = {"score": ScoreConfig, "retrieve": RetrieveConfig, "export": ExportConfig, "serve": ServeConfig}
 
 
 @pytest.mark.parametrize(("file", "page"), [("mfalcon_masks", "inference"), ("ranking_masks", "ranking")])
@@ -26,7 +24,7 @@ def test_the_picture_is_the_mask(file: str, page: str) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_commands_compose(command: list[str]) -> None:
-    words = Words.of(command[3], KINDS[command[3]], command[4:])  # type: ignore[type-var]
+    words = Words.of(command[3], USES[command[3]], command[4:])  # type: ignore[type-var]
     assert words.run is not None or words.overrides
 
 
