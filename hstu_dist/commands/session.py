@@ -12,6 +12,7 @@ from hstu_dist.data.balance import CostLaw
 from hstu_dist.data.config import BatchingConfig, LoaderConfig
 from hstu_dist.data.dataset import SequenceDataset
 from hstu_dist.data.loader import BatchLoader, Shard, popularity
+from hstu_dist.data.record_split import RecordSplit
 from hstu_dist.data.split import Moments, Split
 from hstu_dist.data.time_split import first_events, moments_of
 from hstu_dist.distributed.parallel import DenseSettings
@@ -26,6 +27,7 @@ from hstu_dist.models.flops import Workload, count_flops, encoder_work
 from hstu_dist.preflight import memory_limit, table_shapes
 from hstu_dist.train.average import WeightAverage
 from hstu_dist.train.evaluate import evaluate, evaluate_popularity
+from hstu_dist.train.evaluate_targets import CountedTargets, evaluate_target_popularity, evaluate_targets
 from hstu_dist.train.optimizer import Optimizers
 from hstu_dist.train.retrieval import RetrievalObjective
 from hstu_dist.train.step import Objective
@@ -151,22 +153,43 @@ class Session(ModelSession):
             max_length=data.max_length,
             window=data.window if training else "recent",
             seed=self.config.seed,
-            shuffle=training,
+            shuffle=training and not self.in_order,
             batching=trainer.batching if training else BatchingConfig(),
             cost=sequence_cost(lambda n: self.training_flops(self.workload([n])), data.max_length),
             stochastic_length=data.stochastic_length if training else None,
             emission=trainer.emission if training else None,
             moments=self.moments,
+            records=self.records,
         )
+
+    @property
+    def records(self) -> RecordSplit | None:
+        """Which whole sequences are held out; None: the split is another."""
+        return record_split(self.config.task)
+
+    @property
+    def in_order(self) -> bool:
+        """Whether training goes through the sequences in the order of the data set."""
+        task = self.config.task
+        return isinstance(task, RetrievalConfig) and task.records.in_order
 
     def evaluate(self, split: Split) -> dict[str, float]:
         """Metrics of the current weights on a split, or of their average where there is one."""
+        task, evaluation = self.config.task, self.config.trainer.evaluation
         with self.averaged():
-            return evaluate(self.retriever, self.loader(split).epoch(0), self.config.trainer.evaluation.cutoffs)
+            if isinstance(task, RetrievalConfig) and task.split == "record":
+                _, loss = self.config.retrieval
+                counted = CountedTargets(evaluation.cutoffs, loss.temperature, task.records.scored)
+                return evaluate_targets(self.retriever, self.loader(split).epoch(0), counted)
+            return evaluate(self.retriever, self.loader(split).epoch(0), evaluation.cutoffs)
 
     def evaluate_popularity(self, split: Split) -> dict[str, float]:
         """Metrics of the popularity baseline on a split."""
-        counts = popularity(self.dataset, self.training_split, self.moments).to(self.world.device)
+        counts = popularity(self.dataset, self.training_split, self.records or self.moments).to(self.world.device)
+        task = self.config.task
+        if isinstance(task, RetrievalConfig) and task.split == "record":
+            counted = CountedTargets(self.config.trainer.evaluation.cutoffs, 1.0, task.records.scored)
+            return evaluate_target_popularity(counts, self.loader(split).epoch(0), counted)
         return evaluate_popularity(counts, self.loader(split).epoch(0), self.config.trainer.evaluation.cutoffs)
 
 
@@ -176,7 +199,7 @@ def retrieval_moments(dataset: SequenceDataset, task: TaskConfig) -> Moments | N
     Raises:
         UserError: a part has no sequence with something to predict.
     """
-    if not isinstance(task, RetrievalConfig) or task.split == "leave_one_out":
+    if not isinstance(task, RetrievalConfig) or task.split != "time":
         return None
     moments = moments_of(dataset, task.validation_share, task.test_share)
     for split in (Split.TRAIN, Split.VALIDATION, Split.TEST):
@@ -187,6 +210,18 @@ def retrieval_moments(dataset: SequenceDataset, task: TaskConfig) -> Moments | N
                 "change task.validation_share and task.test_share, or use task.split=leave_one_out",
             )
     return moments
+
+
+def record_split(task: TaskConfig) -> RecordSplit | None:
+    """The split of whole sequences that a task asks for; None: it asks for another."""
+    if not isinstance(task, RetrievalConfig) or task.split != "record":
+        return None
+    return RecordSplit(
+        validation_share=task.validation_share,
+        test_share=task.test_share,
+        train=task.records.train,
+        evaluated=task.records.evaluated,
+    )
 
 
 def build_model(config: RunConfig, world: World, num_items: int) -> ModelSession:
