@@ -12,7 +12,6 @@ from hstu_dist.data.balance import CostLaw
 from hstu_dist.data.config import BatchingConfig, LoaderConfig
 from hstu_dist.data.dataset import SequenceDataset
 from hstu_dist.data.loader import BatchLoader, Shard, popularity
-from hstu_dist.data.record_split import RecordSplit
 from hstu_dist.data.split import Moments, Split
 from hstu_dist.data.time_split import first_events, moments_of
 from hstu_dist.distributed.parallel import DenseSettings
@@ -159,13 +158,8 @@ class Session(ModelSession):
             stochastic_length=data.stochastic_length if training else None,
             emission=trainer.emission if training else None,
             moments=self.moments,
-            records=self.records,
+            records=self.config.record_split,
         )
-
-    @property
-    def records(self) -> RecordSplit | None:
-        """Which whole sequences are held out; None: the split is another."""
-        return record_split(self.config.task)
 
     @property
     def in_order(self) -> bool:
@@ -185,7 +179,9 @@ class Session(ModelSession):
 
     def evaluate_popularity(self, split: Split) -> dict[str, float]:
         """Metrics of the popularity baseline on a split."""
-        counts = popularity(self.dataset, self.training_split, self.records or self.moments).to(self.world.device)
+        counts = popularity(self.dataset, self.training_split, self.config.record_split or self.moments).to(
+            self.world.device
+        )
         task = self.config.task
         if isinstance(task, RetrievalConfig) and task.split == "record":
             counted = CountedTargets(self.config.trainer.evaluation.cutoffs, 1.0, task.records.scored)
@@ -210,18 +206,6 @@ def retrieval_moments(dataset: SequenceDataset, task: TaskConfig) -> Moments | N
                 "change task.validation_share and task.test_share, or use task.split=leave_one_out",
             )
     return moments
-
-
-def record_split(task: TaskConfig) -> RecordSplit | None:
-    """The split of whole sequences that a task asks for; None: it asks for another."""
-    if not isinstance(task, RetrievalConfig) or task.split != "record":
-        return None
-    return RecordSplit(
-        validation_share=task.validation_share,
-        test_share=task.test_share,
-        train=task.records.train,
-        evaluated=task.records.evaluated,
-    )
 
 
 def build_model(config: RunConfig, world: World, num_items: int) -> ModelSession:
