@@ -11,7 +11,7 @@ SOURCES_OF_INSTALL := pyproject.toml hatch_build.py packaging/fbgemm-gpu-shim/py
 	$(wildcard hstu_dist/ops/csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install data train stream-demo results gpu report test test-long test-cluster faults check format clean
+.PHONY: help install data train stream-demo results gpu report docs test test-long test-cluster faults check format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -46,6 +46,10 @@ gpu: $(STAMP)  ## on a machine with a GPU: its tests, tuned kernels, all benchma
 
 report: $(STAMP)  ## render README.md's tables, docs/results.md and plots from benchmarks/results
 	$(RUN) -m hstu_dist report results
+
+docs: $(STAMP)  ## write docs/reference.md and the pictures of docs/concepts.md from the code
+	$(RUN) -m tests.docs.reference
+	$(RUN) -m tests.docs.pictures
 
 test: $(STAMP)  ## run the test suite, on two processes
 	$(RUN) -m pytest -n 2 --dist worksteal -m "not slurm and not netns and not long"

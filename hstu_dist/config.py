@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, TypeAdapter, ValidationError
@@ -27,15 +27,19 @@ from hstu_dist.data.stream.config import FeedConfig, StreamConfig
 from hstu_dist.distributed.config import ITEM, EmbeddingConfig, TableShape
 from hstu_dist.errors import UserError
 from hstu_dist.files import write_atomically
-from hstu_dist.losses.config import LossConfig, MultiTaskConfig, SoftmaxConfig
+from hstu_dist.losses.config import LossConfig, MultiTaskConfig, RetrievalLossConfig
 from hstu_dist.models.config import DLRMConfig, EncoderConfig, ModelConfig, RankingConfig, RetrievalConfig, TaskConfig
 from hstu_dist.plan.config import PlanConfig
+from hstu_dist.plugins import PluginConfig, check_listed
 from hstu_dist.train.config import OptimizerConfig, TrainerConfig
 from hstu_dist.validation import STRICT, as_user_error
 
 HARDWARE = "hardware"
 """Folder of conf/ with the clusters that `plan` knows; no part of a run."""
 
+
+_OPEN = re.compile(r"(published|[\w.]+\.(settings|metrics|action_columns|tables))(\.[\w@.-]+)?=")
+"""Settings whose keys are the user's own: Hydra takes new ones only with a prefix."""
 
 FEATURES: tuple[str, ...] = ()
 """Tables besides the item table that a model can look up."""
@@ -54,6 +58,7 @@ class RunConfig:
         data, model, loss, embedding, optimizer, trainer, cluster: the parts, each described in its own class.
         plan: what `plan` assumes; training ignores it.
         published: figures of a paper to print beside the result, metric → value.
+        plugins: modules of the user's own that `target` settings may name something in; no other is ever imported.
         experiment: recipe of conf/experiment that it began with, for reports; empty: none.
     """
 
@@ -71,6 +76,7 @@ class RunConfig:
     cluster: ClusterConfig
     plan: PlanConfig = Field(default_factory=PlanConfig)
     published: dict[str, float] = Field(default_factory=dict)
+    plugins: tuple[str, ...] = ()
     experiment: str = ""
 
     def __post_init__(self) -> None:
@@ -87,6 +93,7 @@ class RunConfig:
             )
         self._check_tables()
         _check_feed(self)
+        check_listed(self.targets, self.plugins)
 
     def _check_task(self) -> None:
         ranking = isinstance(self.task, RankingConfig)
@@ -102,6 +109,13 @@ class RunConfig:
             raise ValueError(
                 f"trainer.evaluation.monitor: got {monitor}, expected one of {wanted} for task={self.task.kind}"
             )
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """What the run imports from modules of the user's own, `module:name` each."""
+        evaluation = self.trainer.evaluation
+        parts: tuple[object, ...] = (self.model, self.loss, self.data, *self.trainer.hooks)
+        return (*(part.target for part in parts if isinstance(part, PluginConfig)), *evaluation.metrics.values())
 
     @property
     def prepared(self) -> DataSetConfig:
@@ -128,7 +142,7 @@ class RunConfig:
         )
 
     @property
-    def retrieval(self) -> tuple[EncoderConfig, SoftmaxConfig]:
+    def retrieval(self) -> tuple[EncoderConfig, RetrievalLossConfig]:
         """Model and loss of a retrieval run.
 
         Raises:
@@ -239,9 +253,10 @@ def compose_dict(primary: str, overrides: Sequence[str], folder: str = "") -> di
         UserError: Hydra cannot compose it.
     """
     root = conf_dir() / folder
+    prefixed = [f"++{override}" if _OPEN.match(override) else override for override in overrides]
     with explained_composition(root):
         with initialize_config_dir(config_dir=str(root), version_base="1.3"):
-            composed = hydra_compose(primary, overrides=list(overrides))
+            composed = hydra_compose(primary, overrides=prefixed)
         resolved = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
@@ -259,7 +274,9 @@ def explained_composition(root: Path) -> Iterator[None]:
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         unknown = re.match(r"Could not override '(.+)'", str(error))
         problem = f"{unknown[1]}: no such key" if unknown else _first_line(error)
-        raise UserError(f"configuration: {problem}", f"the groups and their keys are in {root}") from error
+        unreadable = isinstance(error, OverrideParseException)
+        quote, known = """quote such a value twice: 'KEY="VALUE"'""", f"the groups and their keys are in {root}"
+        raise UserError(f"configuration: {problem}", quote if unreadable else known) from error
 
 
 def _first_line(error: BaseException) -> str:

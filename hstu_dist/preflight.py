@@ -19,6 +19,7 @@ from hstu_dist.errors import UserError
 from hstu_dist.losses.config import LossConfig, MultiTaskConfig
 from hstu_dist.machine import memory_per_rank
 from hstu_dist.models.config import RankingConfig
+from hstu_dist.plugins import find
 from hstu_dist.run_folder import RunFolder
 
 _CHECKPOINTS_AT_ONCE = 3
@@ -42,6 +43,8 @@ def preflight(config: RunConfig, world_size: int) -> Manifest | None:
     Raises:
         UserError: one line that says what does not fit and how to mend it.
     """
+    for target in config.targets:
+        find(target)
     if isinstance(config.data, StreamConfig):
         check_reachable(config.data.path)
         manifest, num_items = None, config.data.num_items

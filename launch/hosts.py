@@ -15,7 +15,7 @@ from hstu_dist.errors import ExitCode, UserError
 from hstu_dist.run_folder import RunFolder
 from launch.local import ended_by_request, stop_signals
 from launch.node import NodeArguments
-from launch.run_files import checked_folder, find_program
+from launch.run_files import checked_folder, find_program, progress
 
 _POLL_SECONDS = 0.2
 _RETURN_SECONDS = 10.0
@@ -133,8 +133,8 @@ class _Machine:
 
 
 def status(config: RunConfig) -> str:
-    """Whether a rank holds the run folder's lock."""
-    return "running" if RunFolder(config.run_dir).is_locked() else "not running"
+    """Whether a rank holds the run folder's lock, and how far the run has come."""
+    return f"{'running' if RunFolder(config.run_dir).is_locked() else 'not running'}; {progress(config)}"
 
 
 def cancel(config: RunConfig) -> str:

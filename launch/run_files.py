@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from hstu_dist.checkpoint.manifest import MANIFEST_FILE, step_of
 from hstu_dist.commands.result_table import finished_report
 from hstu_dist.config import RunConfig, load, save
 from hstu_dist.errors import UserError
@@ -39,6 +40,16 @@ def finished_text(config: RunConfig) -> str | None:
     """What a run that has nothing left to train shows; None for any other."""
     result = RunFolder(config.run_dir).finished(config.trainer.last_epoch)
     return None if result is None else finished_report(config, result)
+
+
+def progress(config: RunConfig) -> str:
+    """How far a run has come, as its folder shows."""
+    folder = RunFolder(config.run_dir)
+    if folder.finished(config.trainer.last_epoch) is not None:
+        return "finished"
+    whole = [file.parent for file in folder.checkpoints.glob(f"*/{MANIFEST_FILE}")]
+    steps = [step for step in map(step_of, whole) if step is not None]
+    return f"last checkpoint at step {max(steps)}" if steps else "no checkpoint yet"
 
 
 def write_job(folder: RunFolder, job: str) -> None:

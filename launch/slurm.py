@@ -15,7 +15,7 @@ from hstu_dist.files import write_atomically
 from hstu_dist.run_folder import RunFolder
 from launch.hosts import tail
 from launch.node import NodeArguments
-from launch.run_files import call, checked_folder, read_job, write_job
+from launch.run_files import call, checked_folder, find_program, progress, read_job, write_job
 
 _BODY = r"""
 cd {here} || exit 1
@@ -133,6 +133,8 @@ def start(config: RunConfig) -> int:
             f"run {folder.path}: job {job} is still in the queue ({_state(job)})",
             f"wait for it, or `python -m launch cancel {folder.path}`",
         )
+    # before anything is written
+    find_program("sbatch")
     folder = checked_folder(config)
     folder.logs.mkdir(exist_ok=True)
     file = folder.path / "slurm.sh"
@@ -145,9 +147,9 @@ def start(config: RunConfig) -> int:
 
 
 def status(config: RunConfig) -> str:
-    """What Slurm says of the run's last job."""
+    """What Slurm says of the run's last job, and how far the run has come."""
     job = _submitted(config)
-    return f"job {job}: {_state(job) or 'no longer in the queue'}"
+    return f"job {job}: {_state(job) or 'no longer in the queue'}; {progress(config)}"
 
 
 def cancel(config: RunConfig) -> str:

@@ -43,11 +43,15 @@ OPTIONS_OF_ONE_TASK = {
     ("loss", "sampled_softmax"): "retrieval",
     ("loss", "sampled_softmax_512"): "retrieval",
     ("loss", "full_softmax"): "retrieval",
+    ("loss", "plugin"): "retrieval",
 }
 
 
-NEEDED = {"stream": ["data.path=x", "data.num_items=9", "trainer.epochs=null"]}
-"""What an option leaves open."""
+def needed(group: str, option: str) -> list[str]:
+    """What an option leaves open."""
+    if option == "plugin":
+        return [f"{group}.target=examples.own_parts:X", "plugins=[examples.own_parts]"]
+    return ["data.path=x", "data.num_items=9", "trainer.epochs=null"] if option == "stream" else []
 
 
 def run_config(*overrides: str) -> RunConfig:
@@ -61,6 +65,19 @@ def test_every_yaml_file_is_in_a_group_or_composed_itself() -> None:
     assert files == alone | {f"{g}/{o}.yaml" for g, options in GROUPS.items() for o in options}
 
 
+def test_a_mapping_may_bring_keys_that_the_yaml_has_not() -> None:
+    bits = compose_dict("prepare", ["data=events", "data.action_columns={click: 1, seconds: 20}"])["data"]
+    assert bits["action_columns"] == {"click": 1, "seconds": 20}
+    assert run_config("published={hr@7: 0.5}").published["hr@7"] == 0.5
+
+
+def test_a_value_that_hydra_cannot_read_is_to_be_quoted() -> None:
+    with pytest.raises(UserError) as caught:
+        compose(["name=x", "output=s3://bucket?region=west"])
+    assert caught.value.remedy == """quote such a value twice: 'KEY="VALUE"'"""
+    assert compose(["experiment=ml1m", 'output="s3://bucket?region=west"']).output == "s3://bucket?region=west"
+
+
 @pytest.mark.parametrize("experiment", GROUPS["experiment"])
 def test_every_experiment_composes_alone_and_names_its_run(experiment: str) -> None:
     assert compose([f"experiment={experiment}"]).name == experiment
@@ -71,6 +88,7 @@ def test_every_option_composes_with_every_experiment(group: str, option: str) ->
     task = OPTIONS_OF_ONE_TASK.get((group, option), "")
     for experiment in GROUPS["experiment"]:
         overrides = [f"experiment={experiment}", f"{group}={option}"]
+        overrides += needed(group, option) if option == "plugin" else []
         own = compose([f"experiment={experiment}"])
         # layers and heads of an encoder mean nothing to DLRM
         fits = (own.task.kind == task or not task) and (option != "dlrm" or own.model.kind == "dlrm")
@@ -90,13 +108,15 @@ def test_choices_that_meet_in_the_model_compose_in_every_combination() -> None:
     groups = ("model", "loss", "embedding")
     retrieval = [[o for o in GROUPS[g] if OPTIONS_OF_ONE_TASK.get((g, o)) != "ranking"] for g in groups]
     for options in product(*retrieval):
-        config = run_config(*(f"{group}={option}" for group, option in zip(groups, options, strict=True)))
+        chosen = list(zip(groups, options, strict=True))
+        more = [word for group, option in chosen for word in needed(group, option)]
+        config = run_config(*(f"{group}={option}" for group, option in chosen), *more)
         assert config.model.max_length == config.data.max_length
 
 
 @pytest.mark.parametrize("option", [option for option in GROUPS["data"] if option != "stream"])
 def test_every_data_set_can_be_prepared(option: str) -> None:
-    values = compose_dict("prepare", [f"data={option}"])
+    values = compose_dict("prepare", [f"data={option}", *needed("data", option)])
     assert values["data"]["kind"] == {"kuairand": "events"}.get(option, option)
 
 
@@ -111,7 +131,7 @@ def keys_of(value: Any) -> Any:
 def test_yaml_and_class_have_the_same_keys_and_the_yaml_states_the_defaults(group: str, option: str) -> None:
     ranking = OPTIONS_OF_ONE_TASK.get((group, option)) == "ranking"
     base = "ml1m_ranking_dlrm" if ranking else "ml1m"
-    overrides = [f"experiment={base}", f"{group}={option}", *NEEDED.get(option, [])]
+    overrides = [f"experiment={base}", f"{group}={option}", *needed(group, option)]
     part = getattr(compose(overrides), group)
     written = OmegaConf.load(conf_dir() / group / f"{option}.yaml")
     assert keys_of(OmegaConf.to_container(written)) == keys_of(part)
@@ -125,6 +145,7 @@ def test_yaml_and_class_have_the_same_keys_and_the_yaml_states_the_defaults(grou
     assert isinstance(own, dict)
     required = {"kind": composed["kind"]} if "kind" in composed else {}
     required |= {"path": "x", "num_items": 9} if option == "stream" else {}
+    required |= {"target": "examples.own_parts:X"} if option == "plugin" else {}
     default = TypeAdapter(type(part)).validate_python({**required, **differs, **own.get(group, {})})
     assert part == default
 
@@ -134,6 +155,18 @@ def test_top_level_keys_agree() -> None:
     written = {k for k in OmegaConf.load(conf_dir() / "train.yaml") if k not in ("defaults", "hydra")}
     # the experiment is a group without keys of its own
     assert written | set(FREE) | {"experiment"} == {field.name for field in fields(config)}
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "expected"),
+    [
+        ("data.action_columns={is_click: 1, is_like: 2}", "action_columns", {"is_click": 1, "is_like": 2}),
+        ("data.action_columns.is_click=1", "action_columns", {"is_click": 1}),
+    ],
+)
+def test_names_of_the_users_own_need_no_prefix(override: str, key: str, expected: object) -> None:
+    config = run_config("data=events", "data.path=x", override)
+    assert getattr(config.data, key) == expected
 
 
 BAD = [

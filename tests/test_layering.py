@@ -17,7 +17,7 @@ PACKAGE = ROOT / "hstu_dist"
 LINES = [
     {"errors"},
     {"validation", "batch", "machine", "files", "actions"},
-    {"console"},
+    {"console", "plugins"},
     {"ops"},
     {"cluster", "data", "models", "losses", "metrics"},
     {"distributed"},

@@ -1,4 +1,4 @@
-"""README.md says what is true: its commands compose, its paths exist, its tables come from the result files."""
+"""README.md and docs/ say what is true: commands compose, links lead somewhere, tables come from the result files."""
 
 from __future__ import annotations
 
@@ -10,20 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from hstu_dist.commands.plan import settings_of
+from hstu_dist.__main__ import _parser
 from hstu_dist.config import compose, compose_dict
+from hstu_dist.errors import ExitCode
 from hstu_dist.report.pages import Checkout, embed, everything, summary
+from tests.docs import reference
+from tests.docs.commands import check
+from tests.docs.pages import DOCS, PAGES, ROOT, broken, code_words, commands, links, missing_files
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-COMMANDS = [shlex.split(line, comments=True) for block in BLOCKS for line in block.strip().splitlines()]
-
-
-@pytest.mark.parametrize("target", [c[1] for c in COMMANDS if c[0] == "make"])
-def test_make_targets_expand(target: str) -> None:
-    dry = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert ".venv/bin/python" in dry.stdout or "up to date" in dry.stdout
+FROM_PAGES = {tuple(words) for page in PAGES for words in commands(page.read_text())}
+COMMANDS_OF_THE_PACKAGE = set(_parser()._subparsers._group_actions[0].choices)
 
 
 def test_make_train_runs_the_commands_of_the_main_job() -> None:
@@ -36,15 +33,9 @@ def test_make_train_runs_the_commands_of_the_main_job() -> None:
     assert (config.nproc, config.data.path, config.model.kind) == (2, "data/ml1m", "hstu")
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c[0] != "make"], ids=" ".join)
-def test_overrides_of_every_command_compose(command: list[str]) -> None:
-    overrides = [word for word in command if re.fullmatch(r"[~a-z_.]+=\S*", word)]
-    if "prepare" in command:
-        compose_dict("prepare", overrides)
-    elif "plan" in command:
-        settings_of(overrides)
-    else:
-        compose([o for o in overrides if not o.startswith("dry_run=")])
+@pytest.mark.parametrize("command", sorted(FROM_PAGES, key=" ".join), ids=lambda words: " ".join(words)[:100])
+def test_every_command_is_accepted(command: tuple[str, ...]) -> None:
+    check(command)
 
 
 def test_help_lists_every_command_with_a_line() -> None:
@@ -60,12 +51,30 @@ def test_help_lists_every_command_with_a_line() -> None:
     assert re.search(r"^ +report +\w.+$", helped, re.MULTILINE)
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
-def test_links_lead_somewhere(document: str) -> None:
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / document).read_text())
-    assert links
-    missing = [link for link in links if not (ROOT / link).exists()]
-    assert not missing
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    assert not broken(page)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_commands_named_in_running_text_exist(page: Path) -> None:
+    assert not missing_files(page)
+    words = code_words(page.read_text())
+    ours = {found[1] for word in words if (found := re.match(r"python -m hstu_dist ([a-z]+)", word))}
+    assert ours <= COMMANDS_OF_THE_PACKAGE
+    targets = {found[1] for word in words if (found := re.match(r"make ([a-z][a-z-]*)$", word))}
+    assert targets <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def test_every_page_is_reached_from_the_index() -> None:
+    index = DOCS / "README.md"
+    reached = {(DOCS / link.partition("#")[0]).resolve() for link in links(index)}
+    assert not [page.name for page in DOCS.glob("*.md") if page != index and page not in reached]
+
+
+def test_the_reference_is_what_the_classes_say() -> None:
+    assert reference.render() == reference.PAGE.read_text(), "run `make docs`"
+    assert set(reference.EXITS) == set(ExitCode)
 
 
 def test_tables_are_the_committed_results() -> None:

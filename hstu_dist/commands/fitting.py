@@ -8,12 +8,13 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from hstu_dist.checkpoint.manager import CheckpointManager
 from hstu_dist.commands.session import ModelSession
 from hstu_dist.config import to_dict
 from hstu_dist.errors import ExitCode, UserError
+from hstu_dist.plugins import PluginConfig, find
 from hstu_dist.run_folder import RunFolder
 from hstu_dist.train.guard import GuardHook
 from hstu_dist.train.hooks import AverageHook, AverageReplicasHook, CheckpointHook, LogHook
@@ -93,6 +94,7 @@ class Run:
                     StragglerHook(config.trainer.logging.every_steps, config.trainer.guard.slow_ratio, log),
                     ProfileHook(config.trainer.profile, self.folder.path),
                     *evaluation(log),
+                    *(_own_hook(hook, session, log) for hook in config.trainer.hooks),
                     checkpoint,
                     *last,
                 ],
@@ -129,6 +131,29 @@ def restore(session: ModelSession, checkpoints: CheckpointManager) -> TrainState
         state.load_state_dict(values)
     state.tables = {name: spec.describe() for name, spec in session.recommender.tables.specs.items()}
     return state
+
+
+class HookFactory(Protocol):
+    """What the target of a hook in `trainer.hooks` is; the hook's settings come as keywords."""
+
+    def __call__(self, session: ModelSession, log: MetricsLog | None, **settings: object) -> Hook:
+        """The hook, on every rank; only the main rank has a log to write to."""
+
+
+def _own_hook(config: PluginConfig, session: ModelSession, log: MetricsLog | None) -> Hook:
+    """A hook of the user's own.
+
+    Raises:
+        UserError: it cannot be imported, does not take its settings, or is no hook.
+    """
+    factory: HookFactory = find(config.target)
+    try:
+        hook = factory(session, log, **config.settings)
+    except TypeError as error:
+        raise UserError(f"{config.target}: {error}", "give the keys that it expects as its settings") from error
+    if not isinstance(hook, Hook):
+        raise UserError(f"{config.target}: gave {type(hook).__name__}", "let it give a hstu_dist.train.trainer.Hook")
+    return hook
 
 
 def _replica_hooks(session: ModelSession) -> Iterator[Hook]:

@@ -21,6 +21,7 @@ from hstu_dist.files import write_atomically
 from hstu_dist.plan.config import HardwareConfig
 from hstu_dist.plan.job import Job
 from hstu_dist.plan.report import Lines, Plan
+from hstu_dist.plugins import PluginConfig
 from hstu_dist.validation import as_user_error
 
 _MOST_CHANGES_SHOWN = 3
@@ -93,6 +94,8 @@ def job_of(config: RunConfig) -> Job:
             "correct it in YAML or as key=value",
         )
     model, loss = config.retrieval
+    if isinstance(model, PluginConfig) or isinstance(loss, PluginConfig):
+        raise UserError("model, loss: got plugin, whose memory and time are not known", "plan a model of this package")
     job = Job(
         model=model,
         loss=loss,

@@ -15,6 +15,7 @@ from hstu_dist.data.prepare import prepare
 from hstu_dist.data.schema import LENGTHS_PLOT, Manifest
 from hstu_dist.data.vocabulary import Vocabulary
 from hstu_dist.errors import UserError
+from hstu_dist.plugins import PluginConfig, check_listed
 from hstu_dist.validation import STRICT, as_user_error
 
 _log = logging.getLogger(__name__)
@@ -26,9 +27,14 @@ class PrepareConfig(PreparationConfig):
 
     Attributes:
         data: the data set.
+        plugins: modules of the user's own that data.target may name something in.
     """
 
     data: DataConfig
+    plugins: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_listed([self.data.target] if isinstance(self.data, PluginConfig) else [], self.plugins)
 
 
 def prepare_data(values: Mapping[str, Any], say: Callable[[str], None]) -> None:

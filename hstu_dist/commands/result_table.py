@@ -19,7 +19,7 @@ def finished_report(config: RunConfig, result: dict[str, Any]) -> str:
 
 
 def result_table(config: RunConfig, result: dict[str, Any]) -> str:
-    """One row a metric: this run's test figure, popularity, published and, if tracked, the best test epoch's.
+    """One row a metric: this run's test figure, popularity and, where there are any, published and best test epoch's.
 
     Args:
         config: the run.
@@ -27,7 +27,9 @@ def result_table(config: RunConfig, result: dict[str, Any]) -> str:
     """
     reference = result.get("reference_protocol")
     simple = "item averages" if isinstance(config.task, RankingConfig) else "popularity"
-    columns = {config.model.kind: result["test"], simple: result["popularity"], "published": config.published}
+    columns = {config.model.kind: result["test"], simple: result["popularity"]}
+    if config.published:
+        columns["published"] = config.published
     if reference:
         columns[f"best test epoch ({reference['best_epoch']})*"] = reference["test"]
     table = Table()

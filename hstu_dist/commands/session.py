@@ -25,7 +25,7 @@ from hstu_dist.models.config import RetrievalConfig, TaskConfig
 from hstu_dist.models.flops import Workload, count_flops, encoder_work
 from hstu_dist.preflight import memory_limit, table_shapes
 from hstu_dist.train.average import WeightAverage
-from hstu_dist.train.evaluate import evaluate, evaluate_popularity
+from hstu_dist.train.evaluate import evaluate, evaluate_popularity, measures_of
 from hstu_dist.train.evaluate_targets import CountedTargets, evaluate_target_popularity, evaluate_targets
 from hstu_dist.train.optimizer import Optimizers
 from hstu_dist.train.retrieval import RetrievalObjective
@@ -169,24 +169,23 @@ class Session(ModelSession):
 
     def evaluate(self, split: Split) -> dict[str, float]:
         """Metrics of the current weights on a split, or of their average where there is one."""
-        task, evaluation = self.config.task, self.config.trainer.evaluation
+        task, measures = self.config.task, measures_of(self.config.trainer.evaluation)
         with self.averaged():
             if isinstance(task, RetrievalConfig) and task.split == "record":
                 _, loss = self.config.retrieval
-                counted = CountedTargets(evaluation.cutoffs, loss.temperature, task.records.scored)
+                counted = CountedTargets(measures, loss.temperature, task.records.scored)
                 return evaluate_targets(self.retriever, self.loader(split).epoch(0), counted)
-            return evaluate(self.retriever, self.loader(split).epoch(0), evaluation.cutoffs)
+            return evaluate(self.retriever, self.loader(split).epoch(0), measures)
 
     def evaluate_popularity(self, split: Split) -> dict[str, float]:
         """Metrics of the popularity baseline on a split."""
-        counts = popularity(self.dataset, self.training_split, self.config.record_split or self.moments).to(
-            self.world.device
-        )
+        cut, measures = self.config.record_split or self.moments, measures_of(self.config.trainer.evaluation)
+        counts = popularity(self.dataset, self.training_split, cut).to(self.world.device)
         task = self.config.task
         if isinstance(task, RetrievalConfig) and task.split == "record":
-            counted = CountedTargets(self.config.trainer.evaluation.cutoffs, 1.0, task.records.scored)
+            counted = CountedTargets(measures, 1.0, task.records.scored)
             return evaluate_target_popularity(counts, self.loader(split).epoch(0), counted)
-        return evaluate_popularity(counts, self.loader(split).epoch(0), self.config.trainer.evaluation.cutoffs)
+        return evaluate_popularity(counts, self.loader(split).epoch(0), measures)
 
 
 def retrieval_moments(dataset: SequenceDataset, task: TaskConfig) -> Moments | None:

@@ -12,6 +12,7 @@ from hstu_dist.actions import action_fields
 from hstu_dist.data.balance import CostLaw
 from hstu_dist.data.record_split import RecordSplit
 from hstu_dist.data.split import Moments, Split
+from hstu_dist.plugins import PluginConfig
 from hstu_dist.validation import STRICT
 
 
@@ -279,6 +280,29 @@ class AppendixCConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class PluginDataConfig(PluginConfig):
+    """Events from code of the user's own; see `data.plugin_source`.
+
+    Attributes:
+        kind: `plugin`.
+        path: folder of the prepared data set; empty: data/<kind>.
+        max_length: history tokens given to the model; older events are cut at loading, not at preparation.
+        window: which inputs of a longer history training sees: recent, the last max_length as in evaluation; or random,
+            any max_length that follow each other, drawn anew every epoch.
+        stochastic_length: random subsequences in training; null: whole histories.
+    """
+
+    kind: Literal["plugin"] = "plugin"
+    path: str = ""
+    max_length: int = Field(default=200, gt=0)
+    window: WindowName = "recent"
+    stochastic_length: StochasticLengthConfig | None = None
+
+    def __post_init__(self) -> None:
+        _fill_path(self)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class PreparationConfig:
     """How data sets are prepared; the result does not depend on it.
 
@@ -298,7 +322,7 @@ class PreparationConfig:
         return max((available or 4 << 30) // 2, 3 << 28)
 
 
-DataSetConfig = MovieLensConfig | AmazonConfig | EventsConfig | SyntheticZipfConfig | AppendixCConfig
+DataSetConfig = MovieLensConfig | AmazonConfig | EventsConfig | SyntheticZipfConfig | AppendixCConfig | PluginDataConfig
 """Any data set that `prepare` can make."""
 
 DataConfig = Annotated[DataSetConfig, Field(discriminator="kind")]
@@ -389,6 +413,8 @@ def prepare_command(config: DataSetConfig) -> str:
     """What makes the data set of a configuration."""
     words = ["python -m hstu_dist prepare", f"data={config.kind}"]
     words += ["data.input=FILE"] if isinstance(config, EventsConfig) else []
+    if isinstance(config, PluginDataConfig):
+        words += [f"data.target={config.target}", f"plugins=[{config.target.partition(':')[0]}]"]
     words += [f"data.path={config.path}"] if config.path != _default_path(config.kind) else []
     return " ".join(words)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Iterable, Iterator
@@ -19,12 +20,14 @@ from hstu_dist.data.config import (
     Duplicates,
     EventsConfig,
     MovieLensConfig,
+    PluginDataConfig,
     PreparationConfig,
     SyntheticZipfConfig,
 )
 from hstu_dist.data.engine import Engine
 from hstu_dist.data.events import EventLog, Origin
 from hstu_dist.data.flat_columns import write_index
+from hstu_dist.data.plugin_source import PluginSource
 from hstu_dist.data.schema import (
     CONTEXT_FILE,
     ITEMS_FILE,
@@ -54,7 +57,7 @@ _APART = {"action_columns", "user_features", "contextual_columns"}
 _log = logging.getLogger(__name__)
 
 
-EventSource = MovieLens | Amazon | EventLog
+EventSource = MovieLens | Amazon | EventLog | PluginSource
 _Synthetic = SyntheticZipf | AppendixC
 
 
@@ -111,6 +114,8 @@ def _made_from(config: DataSetConfig, source: EventSource | _Synthetic) -> dict[
     """What of the manifest is known before anything is read."""
     recipe = {name: value for name, value in asdict(config).items() if name not in _NOT_CONTENT | _APART}
     made_from: dict[str, Any] = {"name": config.kind, "recipe": recipe, "sources": source.fingerprint()}
+    if isinstance(config, PluginDataConfig):
+        recipe["settings"] = json.dumps(config.settings, sort_keys=True)
     if isinstance(config, EventsConfig):
         made_from["sources"] = made_from["sources"] | features_fingerprint(config)
         made_from |= {"action_fields": dict(config.action_columns), "contextual": tuple(config.contextual_columns)}
@@ -137,7 +142,7 @@ def _events_to_sequences(
 
 def _stage(source: EventSource, folder: Path, work: Workspace, memory: int) -> dict[str, Any]:
     with work.scratch("text") as scratch:
-        events = source.open(scratch) if isinstance(source, EventLog) else source.read()
+        events = source.open(scratch) if isinstance(source, EventLog | PluginSource) else source.read()
         staged = stage(events, folder, memory)
         return {"staged": asdict(staged), "origin": asdict(events.origin)}
 
@@ -169,11 +174,13 @@ def _source(config: DataSetConfig) -> EventSource | _Synthetic:
             return SyntheticZipf(config)
         case AppendixCConfig():
             return AppendixC(config)
+        case PluginDataConfig():
+            return PluginSource(config)
 
 
 def _cleaning(config: DataSetConfig) -> Cleaning:
     match config:
-        case MovieLensConfig() | SyntheticZipfConfig() | AppendixCConfig():
+        case MovieLensConfig() | SyntheticZipfConfig() | AppendixCConfig() | PluginDataConfig():
             return Cleaning()
         case AmazonConfig():
             return Cleaning(duplicates=Duplicates.DROP, min_user_events=5, min_item_events=5)

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,18 +68,32 @@ def exclusive(target: Path) -> Iterator[None]:
     """
     with os_errors_of(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(_beside(target, "lock"), os.O_CREAT | os.O_RDWR, 0o666)
+        handle = _locked(target)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _log.info("%s: waiting for another process that prepares it", target)
-            fcntl.flock(handle, fcntl.LOCK_EX)
         with os_errors_of(target):
             _clean_up(target)
             _check_replaceable(target)
         yield
     finally:
+        # while it is held: who waits for it finds that the file has gone, and makes another
+        with suppress(OSError):
+            _beside(target, "lock").unlink()
+        os.close(handle)
+
+
+def _locked(target: Path) -> int:
+    """An open lock file beside `target`, held by this process alone."""
+    path = _beside(target, "lock")
+    while True:
+        handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _log.info("%s: waiting for another process that prepares it", target)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                return handle
         os.close(handle)
 
 

@@ -11,7 +11,7 @@ from hstu_dist.batch import JaggedBatch
 from hstu_dist.distributed.config import ITEM
 from hstu_dist.distributed.parallel import DenseSettings, ParallelTower
 from hstu_dist.distributed.tables import EmbeddingTables
-from hstu_dist.models.config import HSTUConfig, TransformerConfig
+from hstu_dist.models.config import EncoderConfig
 from hstu_dist.models.context import sequence_context
 from hstu_dist.models.tower import Tower
 
@@ -24,7 +24,7 @@ class Recommender(nn.Module):
     def __init__(
         self,
         tables: EmbeddingTables,
-        model: HSTUConfig | TransformerConfig,
+        model: EncoderConfig,
         device: torch.device,
         seed: int,
         dense: DenseSettings,

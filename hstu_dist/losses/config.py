@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from hstu_dist.plugins import PluginConfig
 from hstu_dist.validation import STRICT
 
 
@@ -45,6 +46,24 @@ class FullSoftmaxConfig:
     def scores_per_token(self, num_items: int) -> int:
         """Similarities that the loss of one position needs: all items."""
         return num_items
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PluginLossConfig(PluginConfig):
+    """A loss of the user's own, of the scores of the positive and of uniform negatives; see `losses.plugin`.
+
+    Attributes:
+        num_negatives: R, negatives per position, drawn uniformly from all items.
+        temperature: tau, what cosine similarities are divided by.
+    """
+
+    kind: Literal["plugin"] = "plugin"
+    num_negatives: int = Field(default=128, gt=0)
+    temperature: float = Field(default=0.05, gt=0)
+
+    def scores_per_token(self, num_items: int) -> int:
+        """Similarities that the loss of one position needs: the positive and its negatives."""
+        return 1 + self.num_negatives
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -96,6 +115,9 @@ class MultiTaskConfig:
 
 
 SoftmaxConfig = SampledSoftmaxConfig | FullSoftmaxConfig
+"""Objectives of retrieval that this package computes."""
+
+RetrievalLossConfig = SoftmaxConfig | PluginLossConfig
 """Objectives of retrieval."""
 
-LossConfig = SoftmaxConfig | MultiTaskConfig
+LossConfig = RetrievalLossConfig | MultiTaskConfig

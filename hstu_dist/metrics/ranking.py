@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from hstu_dist.ops.jagged import sequence_of
 
 _CHUNK_ELEMENTS = 1 << 22
+
+RankMetric = Callable[[Tensor], Tensor]
+"""Values [B] float64 of exact ranks [B] int64 >= 1, to be averaged."""
 
 
 def ranks_of_targets(users_BD: Tensor, items_VD: Tensor, target: Tensor, history: tuple[Tensor, Tensor]) -> Tensor:
@@ -49,38 +52,53 @@ def ranks_of_targets(users_BD: Tensor, items_VD: Tensor, target: Tensor, history
 
 
 @dataclass(frozen=True)
+class Measures:
+    """What is measured of ranks.
+
+    Attributes:
+        cutoffs: K of HR@K and NDCG@K.
+        more: metrics of the user's own by name.
+    """
+
+    cutoffs: tuple[int, ...]
+    more: Mapping[str, RankMetric] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class RankingMetrics:
     """Sums over users; `values` divides. Adding two of them merges batches or ranks.
 
     Attributes:
-        cutoffs: K of HR@K and NDCG@K.
-        sums: [1 + 2 * len(cutoffs) + 1] float64: users, then HR and NDCG sums, then reciprocal ranks.
+        measures: what is measured.
+        sums: [2 + 2 * cutoffs + more] float64: users, HR and NDCG sums, reciprocal ranks, sums of further metrics.
     """
 
-    cutoffs: tuple[int, ...]
+    measures: Measures
     sums: Tensor
 
     @classmethod
-    def of_ranks(cls, ranks: Tensor, cutoffs: Sequence[int]) -> RankingMetrics:
+    def of_ranks(cls, ranks: Tensor, measures: Measures) -> RankingMetrics:
         """Sums for ranks [B] int64 >= 1."""
         exact = ranks.to(torch.float64)
         sums = [exact.new_tensor(float(ranks.numel()))]
-        for k in cutoffs:
+        for k in measures.cutoffs:
             hit = ranks <= k
             sums.append(hit.sum(dtype=torch.float64))
             sums.append((hit / torch.log2(exact + 1)).sum())
         sums.append(exact.reciprocal().sum())
-        return cls(tuple(cutoffs), torch.stack(sums))
+        sums += [metric(ranks).sum(dtype=torch.float64) for metric in measures.more.values()]
+        return cls(measures, torch.stack(sums))
 
     @classmethod
-    def empty(cls, cutoffs: Sequence[int], device: torch.device) -> RankingMetrics:
+    def empty(cls, measures: Measures, device: torch.device) -> RankingMetrics:
         """Sums over no user."""
-        return cls(tuple(cutoffs), torch.zeros(2 + 2 * len(cutoffs), dtype=torch.float64, device=device))
+        size = 2 + 2 * len(measures.cutoffs) + len(measures.more)
+        return cls(measures, torch.zeros(size, dtype=torch.float64, device=device))
 
     def __add__(self, other: RankingMetrics) -> RankingMetrics:
-        if self.cutoffs != other.cutoffs:
-            raise ValueError(f"cutoffs: got {other.cutoffs}, expected {self.cutoffs}")
-        return RankingMetrics(self.cutoffs, self.sums + other.sums)
+        if self.measures != other.measures:
+            raise ValueError(f"measures: got {other.measures}, expected {self.measures}")
+        return RankingMetrics(self.measures, self.sums + other.sums)
 
     @property
     def num_users(self) -> int:
@@ -88,17 +106,13 @@ class RankingMetrics:
         return int(self.sums[0])
 
     def values(self) -> dict[str, float]:
-        """Means over users: hr@K, ndcg@K, mrr.
+        """Means over users: hr@K, ndcg@K, mrr, and the further ones.
 
         Raises:
             ValueError: no user was counted.
         """
         if self.num_users == 0:
             raise ValueError("ranking metrics: got no user, expected at least one to evaluate")
+        names = [f"{metric}@{k}" for k in self.measures.cutoffs for metric in ("hr", "ndcg")]
         means = (self.sums[1:] / self.sums[0]).tolist()
-        found = {}
-        for index, k in enumerate(self.cutoffs):
-            found[f"hr@{k}"] = means[2 * index]
-            found[f"ndcg@{k}"] = means[2 * index + 1]
-        found["mrr"] = means[-1]
-        return found
+        return dict(zip([*names, "mrr", *self.measures.more], means, strict=True))

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from hstu_dist.plugins import PluginConfig
 from hstu_dist.validation import STRICT
 
 AttentionBackendName = Literal["auto", "reference", "blocked", "native", "triton"]
@@ -97,6 +98,13 @@ class TransformerConfig(_EncoderConfig):
 
     kind: Literal["sasrec"] = "sasrec"
     ffn_width: int = Field(default=50, gt=0)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PluginEncoderConfig(_EncoderConfig, PluginConfig):
+    """An encoder of the user's own, between the input embeddings and the unit vectors; see `models.plugin`."""
+
+    kind: Literal["plugin"] = "plugin"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -208,7 +216,7 @@ def _check_shares(validation: float, test: float) -> None:
 
 TaskConfig = Annotated[RetrievalConfig | RankingConfig, Field(discriminator="kind")]
 
-EncoderConfig = HSTUConfig | TransformerConfig
+EncoderConfig = HSTUConfig | TransformerConfig | PluginEncoderConfig
 """Models that encode sequences."""
 
 ModelConfig = EncoderConfig | DLRMConfig

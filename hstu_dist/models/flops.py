@@ -15,7 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hstu_dist.models.config import EncoderConfig, HSTUConfig, TransformerConfig
+from hstu_dist.models.config import EncoderConfig, HSTUConfig, PluginEncoderConfig, TransformerConfig
+from hstu_dist.models.plugin import encoder_class
 
 _TIME_BUCKETS = 129
 """Entries of the time bias; `ops.bias` has the original, beside code that needs torch."""
@@ -131,7 +132,7 @@ class ParameterCount:
         return self.dense + self.table
 
 
-def count_flops(config: HSTUConfig | TransformerConfig, work: Workload, scores_per_token: int) -> FlopCount:
+def count_flops(config: EncoderConfig, work: Workload, scores_per_token: int) -> FlopCount:
     """FLOPs of a forward pass over a batch.
 
     Args:
@@ -139,6 +140,9 @@ def count_flops(config: HSTUConfig | TransformerConfig, work: Workload, scores_p
         work: the batch.
         scores_per_token: C: R + 1 for R sampled negatives, all items for the full softmax, 0 for the tower alone.
     """
+    if isinstance(config, PluginEncoderConfig):
+        scores = 2 * work.targets * scores_per_token * config.width
+        return FlopCount(projections=encoder_class(config).flops(config, work), attention=0, scores=scores)
     weights = sum(dense.inputs * dense.outputs for dense in _dense_layers(config))
     heads = config.num_heads * sum(head_widths(config))
     top = config.truncated_layers if isinstance(config, HSTUConfig) else 0
@@ -159,7 +163,7 @@ def encoder_work(config: EncoderConfig, lengths: Iterable[int], num_contextual: 
     """
     sizes = list(lengths)
     tokens, pairs = sum(sizes), sum(visible_pairs(config, n, num_contextual) for n in sizes)
-    if isinstance(config, TransformerConfig) or not config.truncated_layers:
+    if not isinstance(config, HSTUConfig) or not config.truncated_layers:
         return Workload(tokens=tokens, attention_pairs=pairs)
     kept = [min(n, config.truncated_length) for n in sizes]
     left = [max(0, num_contextual - (n - k)) for n, k in zip(sizes, kept, strict=True)]
@@ -170,7 +174,7 @@ def encoder_work(config: EncoderConfig, lengths: Iterable[int], num_contextual: 
 def visible_pairs(config: EncoderConfig, length: int, num_contextual: int = 0) -> int:
     """(query, key) pairs that the mask of `ops.mask` lets through in a sequence; one head of one layer."""
     C = min(num_contextual, length)
-    if isinstance(config, TransformerConfig) or not config.window:
+    if not isinstance(config, HSTUConfig) or not config.window:
         window, always = length, 0
     else:
         window, always = config.window, max(config.global_prefix, C)

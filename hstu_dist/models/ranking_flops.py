@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from hstu_dist.models.config import DLRMConfig, ModelConfig
+from hstu_dist.models.config import DLRMConfig, ModelConfig, PluginEncoderConfig
 from hstu_dist.models.flops import FlopCount, ParameterCount, Workload, count_flops, count_parameters, encoder_work
 from hstu_dist.models.ranking_shape import DENSE, POOLED, RankingShape, token_encoder
 
@@ -64,7 +64,10 @@ def count_ranking_parameters(config: ModelConfig, shape: RankingShape) -> Parame
         weights = sum(inputs * outputs for inputs, outputs in _dlrm_layers(config, shape))
         parts = {"positions": 0, "projections": weights + biases, "norms": 0, "relative_bias": 0}
         return ParameterCount(**parts, features=rows * D, table=shape.num_items * D)
-    encoder = count_parameters(token_encoder(config, len(shape.contextual)), shape.num_items)
+    tokens = token_encoder(config, len(shape.contextual))
+    # what a user's own encoder has is known from its module alone
+    assert not isinstance(tokens, PluginEncoderConfig)
+    encoder = count_parameters(tokens, shape.num_items)
     heads = (D + 1) * shape.head_width + (shape.head_width + 1) * shape.outputs
     return ParameterCount(
         positions=encoder.positions,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hstu_dist.models.config import HSTUConfig, TransformerConfig
+from hstu_dist.models.config import EncoderConfig, HSTUConfig, TransformerConfig
 from hstu_dist.models.context import Context
 from hstu_dist.models.hstu import HSTU
+from hstu_dist.models.plugin import encoder_class
 from hstu_dist.models.transformer import Transformer
 from hstu_dist.ops import backends
 from hstu_dist.ops.bias import NUM_TIME_BUCKETS, time_bucket
@@ -21,11 +22,12 @@ _INPUT_STREAM = 1 << 20
 class Tower(nn.Module):
     """Everything between the item vectors of a history and the vectors that score the next item."""
 
-    def __init__(self, config: HSTUConfig | TransformerConfig, device: torch.device) -> None:
+    def __init__(self, config: EncoderConfig, device: torch.device) -> None:
         """Builds the tower on `device`; the attention backend is chosen here, once.
 
         Raises:
-            UserError: the configured backend does not run on this machine.
+            UserError: the configured backend does not run on this machine, or an encoder of the user's own cannot be
+                imported.
         """
         super().__init__()
         self.width = config.width
@@ -45,8 +47,10 @@ class Tower(nn.Module):
         self.encoder: nn.Module
         if isinstance(config, HSTUConfig):
             self.encoder = HSTU(config, backend, self.rows)
-        else:
+        elif isinstance(config, TransformerConfig):
             self.encoder = Transformer(config, backend, self.rows)
+        else:
+            self.encoder = encoder_class(config)(config)
         self.to(device)
 
     def forward(self, items_TD: Tensor, context: Context) -> Tensor:

@@ -10,14 +10,14 @@ import numpy.typing as npt
 from hstu_dist.data.config import LoaderConfig
 from hstu_dist.data.epoch import EpochPlanner
 from hstu_dist.data.split import Rows
-from hstu_dist.losses.config import SoftmaxConfig
+from hstu_dist.losses.config import RetrievalLossConfig
 from hstu_dist.models.config import EncoderConfig
 from hstu_dist.models.flops import Workload, count_flops, encoder_work
 
 Ints = npt.NDArray[np.int64]
 
 
-def training_flops(model: EncoderConfig, loss: SoftmaxConfig, num_items: int, passes: Iterable[Ints]) -> int:
+def training_flops(model: EncoderConfig, loss: RetrievalLossConfig, num_items: int, passes: Iterable[Ints]) -> int:
     """FLOPs of forward and backward over all passes.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 from hstu_dist.data.config import BatchingConfig, EmissionConfig
 from hstu_dist.distributed.config import ParallelConfig
 from hstu_dist.machine import Precision
+from hstu_dist.plugins import PluginConfig, Target
 from hstu_dist.validation import STRICT
 
 
@@ -76,6 +77,8 @@ class EvaluationConfig:
         track_test: also rank the test split every `every_epochs`, log it as `reference_protocol/test/...` and report
             the best epoch apart from the result. It has no influence on the epoch that is chosen or on the end of
             the run; its figures are optimistic, because the best of many readings is chosen.
+        metrics: metrics of the user's own for task=retrieval, name → `module:function`, which gives values [B] float64
+            for exact ranks [B] int64 of targets; their means are reported, and `monitor` may name one.
     """
 
     every_epochs: int = Field(default=1, gt=0)
@@ -84,12 +87,16 @@ class EvaluationConfig:
     monitor: str = "ndcg@10"
     patience: int | None = Field(default=None, gt=0)
     track_test: bool = False
+    metrics: dict[Annotated[str, Field(pattern=r"^[\w@.-]+$")], Target] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.cutoffs or any(k < 1 for k in self.cutoffs):
             raise ValueError(f"cutoffs: got {self.cutoffs}, expected integers >= 1")
         # ranking has metrics of its own, `<head>/<metric>`; the run knows its heads
         known = ["mrr", *(f"{m}@{k}" for m in ("hr", "ndcg") for k in self.cutoffs)]
+        if taken := sorted(self.metrics.keys() & set(known)):
+            raise ValueError(f"metrics: got {taken[0]}, expected another name: there is a metric of this name")
+        known += self.metrics
         if "/" not in self.monitor and self.monitor not in known:
             raise ValueError(f"monitor: got {self.monitor}, expected one of {', '.join(known)}")
 
@@ -192,6 +199,7 @@ class TrainerConfig:
         peak_flops: FLOP/s of one rank's device, what MFU is measured against; null: the data sheet of a known GPU for
             `precision`, and on a CPU the rate of a matrix product in it, measured at the start.
         timeout_seconds: how long a rank waits for the others before it fails.
+        hooks: of the user's own, called after evaluation and before a checkpoint is saved.
     """
 
     epochs: int | None = Field(default=101, gt=0)
@@ -212,6 +220,7 @@ class TrainerConfig:
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     profile: ProfileConfig = Field(default_factory=ProfileConfig)
     guard: GuardConfig = Field(default_factory=GuardConfig)
+    hooks: tuple[PluginConfig, ...] = ()
 
     def __post_init__(self) -> None:
         if self.precision == "tf32" and self.device == "cpu":

@@ -10,19 +10,30 @@ from torch import Tensor
 from hstu_dist.batch import JaggedBatch
 from hstu_dist.distributed.process_group import sum_over_ranks
 from hstu_dist.distributed.recommender import Recommender
-from hstu_dist.metrics.ranking import RankingMetrics, ranks_of_targets
+from hstu_dist.metrics.ranking import Measures, RankingMetrics, ranks_of_targets
 from hstu_dist.ops.jagged import last_rows
 from hstu_dist.ops.normalize import unit_rows
+from hstu_dist.plugins import find
+from hstu_dist.train.config import EvaluationConfig
+
+
+def measures_of(config: EvaluationConfig) -> Measures:
+    """What a run measures; imports metrics of the user's own.
+
+    Raises:
+        UserError: one cannot be imported.
+    """
+    return Measures(config.cutoffs, {name: find(target) for name, target in config.metrics.items()})
 
 
 @torch.no_grad()
-def evaluate(recommender: Recommender, batches: Iterable[JaggedBatch], cutoffs: tuple[int, ...]) -> dict[str, float]:
+def evaluate(recommender: Recommender, batches: Iterable[JaggedBatch], measures: Measures) -> dict[str, float]:
     """Metrics of the item that follows each sequence of all ranks' batches.
 
     Args:
         recommender: what is evaluated; its mode does not matter, no random numbers are given.
         batches: this rank's share, as many as every rank has; every user is on exactly one rank.
-        cutoffs: K of HR@K and NDCG@K.
+        measures: what is measured of the ranks.
 
     Returns:
         Means over all users, equal on every rank.
@@ -30,37 +41,37 @@ def evaluate(recommender: Recommender, batches: Iterable[JaggedBatch], cutoffs: 
     corpus_VD = recommender.corpus()
     items_VD = unit_rows(corpus_VD)
     device = items_VD.device
-    metrics = RankingMetrics.empty(cutoffs, device)
+    metrics = RankingMetrics.empty(measures, device)
     for host_batch in batches:
         batch = host_batch.to(device)
         # also a share without sequences: a sharded tower needs all ranks
         vectors_TD = recommender.encode_local(corpus_VD[batch.item_ids], batch)
         if batch.num_sequences == 0:
             continue
-        metrics += _ranked(vectors_TD[last_rows(batch.offsets)], items_VD, batch, cutoffs)
-    return RankingMetrics(metrics.cutoffs, sum_over_ranks(metrics.sums)).values()
+        metrics += _ranked(vectors_TD[last_rows(batch.offsets)], items_VD, batch, measures)
+    return RankingMetrics(measures, sum_over_ranks(metrics.sums)).values()
 
 
 @torch.no_grad()
-def evaluate_popularity(counts_V: Tensor, batches: Iterable[JaggedBatch], cutoffs: tuple[int, ...]) -> dict[str, float]:
+def evaluate_popularity(counts_V: Tensor, batches: Iterable[JaggedBatch], measures: Measures) -> dict[str, float]:
     """Metrics of ranking all items by how often they occur in training, for every user alike.
 
     Args:
         counts_V: [num_items] int64.
         batches: this rank's share.
-        cutoffs: K of HR@K and NDCG@K.
+        measures: what is measured of the ranks.
     """
     # one feature: a user's vector is 1, an item's its count
     items_V1 = counts_V.to(torch.float64)[:, None]
-    metrics = RankingMetrics.empty(cutoffs, counts_V.device)
+    metrics = RankingMetrics.empty(measures, counts_V.device)
     for host_batch in batches:
         batch = host_batch.to(counts_V.device)
         if batch.num_sequences:
-            metrics += _ranked(items_V1.new_ones(batch.num_sequences, 1), items_V1, batch, cutoffs)
-    return RankingMetrics(metrics.cutoffs, sum_over_ranks(metrics.sums)).values()
+            metrics += _ranked(items_V1.new_ones(batch.num_sequences, 1), items_V1, batch, measures)
+    return RankingMetrics(measures, sum_over_ranks(metrics.sums)).values()
 
 
-def _ranked(users_BD: Tensor, items_VD: Tensor, batch: JaggedBatch, cutoffs: tuple[int, ...]) -> RankingMetrics:
+def _ranked(users_BD: Tensor, items_VD: Tensor, batch: JaggedBatch, measures: Measures) -> RankingMetrics:
     target = batch.target_ids[last_rows(batch.offsets)]
     ranks = ranks_of_targets(users_BD, items_VD, target, (batch.item_ids, batch.offsets))
-    return RankingMetrics.of_ranks(ranks, cutoffs)
+    return RankingMetrics.of_ranks(ranks, measures)

@@ -14,7 +14,7 @@ from torch import Tensor
 from hstu_dist.batch import JaggedBatch
 from hstu_dist.distributed.process_group import sum_over_ranks
 from hstu_dist.distributed.recommender import Recommender
-from hstu_dist.metrics.ranking import RankingMetrics, ranks_of_targets
+from hstu_dist.metrics.ranking import Measures, RankingMetrics, ranks_of_targets
 from hstu_dist.ops.jagged import sequence_of
 from hstu_dist.ops.normalize import unit_rows
 
@@ -28,12 +28,12 @@ class CountedTargets:
     """What is measured.
 
     Attributes:
-        cutoffs: K of HR@K and NDCG@K.
+        measures: of the ranks.
         temperature: of the softmax.
         last: targets of each record that count, the last ones; None: all.
     """
 
-    cutoffs: tuple[int, ...]
+    measures: Measures
     temperature: float
     last: int | None = None
 
@@ -94,7 +94,7 @@ class _Sums:
     def __init__(self, counted: CountedTargets, ranked_VD: Tensor, scored_VD: Tensor) -> None:
         self.counted = counted
         self.ranked_VD, self.scored_VD = ranked_VD, scored_VD
-        self.metrics = RankingMetrics.empty(counted.cutoffs, ranked_VD.device)
+        self.metrics = RankingMetrics.empty(counted.measures, ranked_VD.device)
         self.nats = torch.zeros(1, dtype=torch.float64, device=ranked_VD.device)
 
     def add(self, vectors_TD: Tensor, batch: JaggedBatch) -> None:
@@ -102,7 +102,7 @@ class _Sums:
             vectors_PD, target = vectors_TD[rows], batch.target_ids[rows]
             nobody = batch.item_ids[:0], torch.zeros(len(rows) + 1, dtype=torch.int64, device=target.device)
             ranks = ranks_of_targets(vectors_PD, self.ranked_VD, target, nobody)
-            self.metrics += RankingMetrics.of_ranks(ranks, self.counted.cutoffs)
+            self.metrics += RankingMetrics.of_ranks(ranks, self.counted.measures)
             scores_PV = vectors_PD @ self.scored_VD.T / self.counted.temperature
             log_share = scores_PV.gather(1, target[:, None])[:, 0] - scores_PV.logsumexp(1)
             self.nats -= log_share.sum(dtype=torch.float64)
@@ -115,5 +115,5 @@ class _Sums:
 
     def values(self) -> dict[str, float]:
         sums = sum_over_ranks(torch.cat([self.metrics.sums, self.nats]))
-        total = RankingMetrics(self.counted.cutoffs, sums[:-1])
+        total = RankingMetrics(self.counted.measures, sums[:-1])
         return {**total.values(), LOSS: float(sums[-1]) / max(1, total.num_users)}

@@ -23,10 +23,11 @@ from hstu_dist.data.stream.pipeline import moment
 from hstu_dist.distributed.process_group import World, sum_over_ranks
 from hstu_dist.distributed.recommender import Recommender
 from hstu_dist.errors import UserError
-from hstu_dist.metrics.ranking import RankingMetrics, ranks_of_targets
+from hstu_dist.metrics.ranking import Measures, RankingMetrics, ranks_of_targets
 from hstu_dist.ops.jagged import sequence_of
 from hstu_dist.ops.normalize import unit_rows
 from hstu_dist.train.config import EvaluationConfig
+from hstu_dist.train.evaluate import measures_of
 from hstu_dist.train.metrics_log import MetricsLog
 from hstu_dist.train.trainer import Hook, Trainer
 
@@ -67,6 +68,7 @@ class PrequentialHook(Hook):
         self.recommender = recommender
         self.averaged = averaged
         self.config = config
+        self.measures = measures_of(config)
         self.log = log
 
     def before_epoch(self, trainer: Trainer) -> None:
@@ -78,7 +80,7 @@ class PrequentialHook(Hook):
                 return
             batches = self.feed.loader.evaluation(window.number, self.config.batch_size)
             with self.averaged():
-                found = evaluate_window(self.recommender, batches, window.popularity, self.config.cutoffs)
+                found = evaluate_window(self.recommender, batches, window.popularity, self.measures)
         if trainer.world.is_main:
             self._report(trainer.state.step, window, found)
 
@@ -152,7 +154,7 @@ class RetentionHook(Hook):
 
 @torch.no_grad()
 def evaluate_window(
-    recommender: Recommender, batches: Iterable[JaggedBatch], popularity: object, cutoffs: tuple[int, ...]
+    recommender: Recommender, batches: Iterable[JaggedBatch], popularity: object, measures: Measures
 ) -> dict[str, dict[str, float]]:
     """Ranks the target of every position that counts among all items but those before it in its sequence.
 
@@ -160,7 +162,7 @@ def evaluate_window(
         recommender: the model.
         batches: this rank's share of the window's examples, as many as every rank has.
         popularity: [num_items] int64 array, events of each item before the window.
-        cutoffs: K of HR@K and NDCG@K.
+        measures: what is measured of the ranks.
 
     Returns:
         `model` and `popularity` → metric → mean over positions of all ranks, and `targets`, their number; empty if
@@ -171,7 +173,7 @@ def evaluate_window(
     # one feature: a user's vector is 1, an item's its count
     counts_V1 = torch.as_tensor(popularity, dtype=torch.float32, device=device)[:, None]
     tables = {"model": unit_rows(corpus_VD), "popularity": counts_V1}
-    sums = {name: RankingMetrics.empty(cutoffs, device) for name in tables}
+    sums = {name: RankingMetrics.empty(measures, device) for name in tables}
     for host_batch in batches:
         batch = host_batch.to(device)
         # also a share without sequences: a sharded tower needs all ranks
@@ -181,8 +183,8 @@ def evaluate_window(
             history = _prefixes(batch, rows)
             for name, items in tables.items():
                 ranks = ranks_of_targets(users[name][rows], items, batch.target_ids[rows], history)
-                sums[name] += RankingMetrics.of_ranks(ranks, cutoffs)
-    totals = {name: RankingMetrics(cutoffs, sum_over_ranks(metrics.sums)) for name, metrics in sums.items()}
+                sums[name] += RankingMetrics.of_ranks(ranks, measures)
+    totals = {name: RankingMetrics(measures, sum_over_ranks(metrics.sums)) for name, metrics in sums.items()}
     return {name: {**total.values(), "targets": total.num_users} for name, total in totals.items() if total.num_users}
 
 

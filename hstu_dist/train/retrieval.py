@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -11,13 +11,13 @@ from torch.profiler import record_function
 
 from hstu_dist.batch import JaggedBatch
 from hstu_dist.distributed.recommender import Recommender
-from hstu_dist.losses.config import FullSoftmaxConfig, SoftmaxConfig
+from hstu_dist.losses.config import FullSoftmaxConfig, PluginLossConfig, RetrievalLossConfig
+from hstu_dist.losses.plugin import score_loss
 from hstu_dist.losses.softmax import Candidates, softmax_loss, softmax_spec
 from hstu_dist.models.context import token_noise
 from hstu_dist.models.flops import Workload
 from hstu_dist.ops.jagged import IdSet
 from hstu_dist.ops.random import TokenNoise, fold
-from hstu_dist.ops.softmax_spec import SoftmaxSpec
 from hstu_dist.train.step import PartLoss
 
 _NEGATIVES = 2
@@ -29,22 +29,26 @@ _DRAWS_OF_EVERYTHING = 8
 
 @dataclass
 class RetrievalObjective:
-    """Softmax over the item that follows each event and its negatives; an `Objective` of `TrainStep`.
+    """A loss of the item that follows each event against negatives; an `Objective` of `TrainStep`.
 
     Attributes:
         model: what is trained.
-        loss: sampled or full softmax.
+        loss: sampled or full softmax, or one of the user's own.
         seed: of dropout and negatives.
     """
 
     model: Recommender
-    loss: SoftmaxConfig
+    loss: RetrievalLossConfig
     seed: int
-    _softmax: SoftmaxSpec = field(init=False)
+    _sum: Callable[[Tensor, Candidates], Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        device = next(self.model.tower.parameters()).device
-        self._softmax = softmax_spec(self.loss, self.model.num_items, device)
+        if isinstance(self.loss, PluginLossConfig):
+            self._sum = score_loss(self.loss)
+        else:
+            device = next(self.model.tower.parameters()).device
+            spec = softmax_spec(self.loss, self.model.num_items, device)
+            self._sum = partial(softmax_loss, spec=spec)
 
     def plan(self, batch: JaggedBatch, work: Workload, step: int, num_parts: int) -> tuple[IdSet, Sequence[PartLoss]]:
         """As `Objective.plan`."""
@@ -70,7 +74,7 @@ class RetrievalObjective:
             if batch.trained is not None:
                 queries_TD, targets = queries_TD[batch.trained], targets[batch.trained]
             candidates = Candidates(rows_UD, needed.places(targets), places)
-            return softmax_loss(queries_TD, candidates, self._softmax)
+            return self._sum(queries_TD, candidates)
 
     def _negatives(self, batch: JaggedBatch, step: int) -> Tensor | None:
         if isinstance(self.loss, FullSoftmaxConfig):

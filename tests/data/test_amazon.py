@@ -335,7 +335,7 @@ def test_a_bad_file_leaves_the_old_data_set_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"ratings_Beauty.csv line {len(walks()) + 1}: "):
         prepare(config_of(file, tmp_path))
     assert SequenceDataset.open(tmp_path / "data" / "set").manifest == first
-    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == [".set.lock", "set"]
+    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["set"]
 
 
 def train_experiment(*overrides: str) -> list[str]:

@@ -199,10 +199,20 @@ def test_questions_about_a_run(
         assert main(["status", str(folder.path)]) == 0
         assert main(["cancel", str(folder.path)]) == 0
     assert folder.stop_file.exists()
+    # one is being written
+    for step, files in ((20, ["manifest.json"]), (30, ["manifest.json"]), (40, [])):
+        (folder.checkpoints / f"step-{step:08d}").mkdir(parents=True)
+        for file in files:
+            (folder.checkpoints / f"step-{step:08d}" / file).touch()
     assert main(["status", str(folder.path)]) == main(["logs", str(folder.path)]) == 0
     assert main(["logs"]) == 2
     printed = capfd.readouterr()
-    expected = ["running", "asked to save a checkpoint and stop", "not running", "no logs in the run folder"]
+    expected = [
+        "running; no checkpoint yet",
+        "asked to save a checkpoint and stop",
+        "not running; last checkpoint at step 30",
+        "no logs in the run folder",
+    ]
     assert [line.split(":")[0] for line in printed.out.splitlines()] == expected
     assert "logs: got 0 arguments" in printed.err
 

@@ -108,7 +108,7 @@ def test_submits_and_remembers_the_job(
     assert main(overrides) == 2
     assert "job 17 is still in the queue (PENDING Resources)" in capsys.readouterr().err
     assert main(["status", str(folder.path)]) == 0
-    assert capsys.readouterr().out == "job 17: PENDING Resources\n"
+    assert capsys.readouterr().out == "job 17: PENDING Resources; no checkpoint yet\n"
     assert main(["logs", str(folder.path)]) == 0
     assert capsys.readouterr().out == "job 17: has not written anything yet\n"
     stand_in(programs, "scancel", "exit 0")
@@ -122,7 +122,7 @@ def test_submits_and_remembers_the_job(
     stand_in(programs, "squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
     capsys.readouterr()
     assert main(["status", str(folder.path)]) == 0
-    assert capsys.readouterr().out == "job 17: no longer in the queue\n"
+    assert capsys.readouterr().out == "job 17: no longer in the queue; no checkpoint yet\n"
     assert main(["cancel", str(folder.path)]) == 2
     assert main(overrides) == 0
     assert not folder.stop_file.exists()

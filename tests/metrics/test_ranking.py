@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hstu_dist.metrics import ranking
-from hstu_dist.metrics.ranking import RankingMetrics, ranks_of_targets
+from hstu_dist.metrics.ranking import Measures, RankingMetrics, ranks_of_targets
 from tests.ops.cases import offsets_of
 
 
@@ -73,7 +73,7 @@ def test_scores_that_are_no_numbers_rank_last() -> None:
 
 
 def test_metrics_by_hand() -> None:
-    values = RankingMetrics.of_ranks(torch.tensor([1, 3, 11, 2]), (1, 2, 10)).values()
+    values = RankingMetrics.of_ranks(torch.tensor([1, 3, 11, 2]), Measures((1, 2, 10))).values()
     assert values == pytest.approx(
         {
             "hr@1": 1 / 4,
@@ -91,7 +91,7 @@ def test_metrics_by_hand() -> None:
 @settings(max_examples=50, deadline=None)
 @given(ranks=st.lists(st.integers(1, 300), min_size=1, max_size=60), cut=st.integers(0, 60))
 def test_parts_merge_to_the_whole(ranks: list[int], cut: int) -> None:
-    cutoffs = (1, 10, 50)
+    cutoffs = Measures((1, 10, 50))
     whole = RankingMetrics.of_ranks(torch.tensor(ranks), cutoffs)
     merged = RankingMetrics.empty(cutoffs, torch.device("cpu"))
     for part in (ranks[:cut], ranks[cut:]):
@@ -103,8 +103,8 @@ def test_parts_merge_to_the_whole(ranks: list[int], cut: int) -> None:
 
 
 def test_misuse_is_named() -> None:
-    nothing = RankingMetrics.empty((10,), torch.device("cpu"))
+    nothing = RankingMetrics.empty(Measures((10,)), torch.device("cpu"))
     with pytest.raises(ValueError, match="got no user"):
         nothing.values()
-    with pytest.raises(ValueError, match=r"cutoffs: got \(5,\), expected \(10,\)"):
-        nothing + RankingMetrics.empty((5,), torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"measures: got .*\(5,\).* expected .*\(10,\)"):
+        nothing + RankingMetrics.empty(Measures((5,)), torch.device("cpu"))

@@ -9,7 +9,7 @@ import torch
 
 from hstu_dist.batch import JaggedBatch
 from hstu_dist.data.split import Split
-from hstu_dist.metrics.ranking import RankingMetrics
+from hstu_dist.metrics.ranking import Measures, RankingMetrics
 from tests.distributed.cases import build, tiny_config
 from tests.tiny import NUM_ITEMS, NUM_USERS
 from tests.train.cases import WORLD
@@ -44,7 +44,7 @@ def test_equals_ranking_each_user_alone(split: Split, tiny_data: Path) -> None:
         scores[list(set(history) - {target})] = -2.0
         ranks.append(1 + int((scores > scores[target]).sum()))
     assert len(ranks) == NUM_USERS
-    cutoffs = session.config.trainer.evaluation.cutoffs
+    cutoffs = Measures(session.config.trainer.evaluation.cutoffs)
     expected = RankingMetrics.of_ranks(torch.tensor(ranks), cutoffs).values()
     assert session.evaluate(split) == pytest.approx(expected, rel=1e-12)
 
@@ -59,7 +59,9 @@ def test_popularity_ranks_by_training_counts(tiny_data: Path) -> None:
         *history, target = events[-17:]
         others = set(range(NUM_ITEMS)) - set(history) - {target}
         ranks.append(1 + sum((-counts[item], item) < (-counts[target], target) for item in others))
-    expected = RankingMetrics.of_ranks(torch.tensor(ranks), session.config.trainer.evaluation.cutoffs).values()
+    expected = RankingMetrics.of_ranks(
+        torch.tensor(ranks), Measures(session.config.trainer.evaluation.cutoffs)
+    ).values()
     assert session.evaluate_popularity(Split.TEST) == pytest.approx(expected, rel=1e-12)
 
 

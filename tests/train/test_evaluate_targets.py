@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hstu_dist.batch import JaggedBatch
+from hstu_dist.metrics.ranking import Measures
 from hstu_dist.train.evaluate_targets import CountedTargets, evaluate_target_popularity, evaluate_targets
 
 OFFSETS = [0, 4, 5, 5, 11]
@@ -54,7 +55,7 @@ def test_ranks_and_nats_are_those_of_a_plain_loop(last: int | None) -> None:
     found_batch = batch()
     vectors = torch.nn.functional.normalize(torch.randn(OFFSETS[-1], D), dim=1)
     items = torch.randn(V, D)
-    found = evaluate_targets(Model(vectors, items), [found_batch], CountedTargets((2, 5), 0.1, last))  # type: ignore[arg-type]
+    found = evaluate_targets(Model(vectors, items), [found_batch], CountedTargets(Measures((2, 5)), 0.1, last))  # type: ignore[arg-type]
     unit = torch.nn.functional.normalize(items, dim=1)
     rows = [t for start, end in pairwise(OFFSETS) for t in range(start, end) if last is None or end - t <= last]
     plainly = [plain(unit @ vectors[t] / 0.1, unit @ vectors[t], int(found_batch.target_ids[t])) for t in rows]
@@ -65,6 +66,6 @@ def test_ranks_and_nats_are_those_of_a_plain_loop(last: int | None) -> None:
 
 def test_popularity_predicts_in_proportion() -> None:
     counts = torch.arange(V) % 4
-    found = evaluate_target_popularity(counts, [batch()], CountedTargets((3,), 1.0))
+    found = evaluate_target_popularity(counts, [batch()], CountedTargets(Measures((3,)), 1.0))
     share = (counts + 1) / (counts + 1).sum()
     assert found["loss"] == pytest.approx(-float(share[batch().target_ids].log().mean()), rel=1e-6)
