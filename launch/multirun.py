@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hstu_dist.commands.scale_cells import remember_cells, training_compute
-from hstu_dist.config import RunConfig, compose, conf_dir, explained_composition
+from hstu_dist.config import RunConfig, compose, conf_dir, difference, explained_composition, load
 from hstu_dist.console import say
 from hstu_dist.errors import ExitCode, UserError
 from hstu_dist.run_folder import RunFolder
@@ -203,6 +203,7 @@ class Sweep:
                     f"two cells are both named {cell.config.name}",
                     "give settings whose values differ in letters or digits",
                 )
+            _check_unchanged(cell)
             if known is cell:
                 self.cells.append(cell)
             # a sweeper that searches may come back to a point
@@ -217,6 +218,21 @@ class Sweep:
         name = base + _suffix({k: v for k, v in swept.items() if k not in ("name", "experiment")})
         named = [*(word for word in words if not word.startswith("name=")), f"name={name}"]
         return Cell(named, swept, base, compose(named))
+
+
+def _check_unchanged(cell: Cell) -> None:
+    """Whether a finished run of the cell's name is what the cell asks for.
+
+    Raises:
+        UserError: it was made with other settings.
+    """
+    file = cell.folder.config_file
+    changed = difference(load(file), cell.config) if cell.result is not None and file.exists() else []
+    if changed:
+        raise UserError(
+            f"{cell.config.name}: has finished with other settings ({'; '.join(changed[:3])})",
+            "set output=FOLDER for a new sweep, or remove its folder",
+        )
 
 
 def predicted_cost(cells: Sequence[Cell]) -> str:

@@ -96,7 +96,7 @@ def _needs(family: dict[str, Any], needed: float, target: float) -> str:
 
 def _measured(fitted: dict[str, Any], family: str) -> float:
     """Compute of the largest measured run."""
-    return max(point["compute"] for point in fitted["points"] if point["family"] == family)
+    return max(float(point["compute"]) for point in fitted["points"] if point["family"] == family)
 
 
 def _rung(experiment: str, needed: float, largest: float, overrides: Sequence[str]) -> str:

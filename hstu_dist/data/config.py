@@ -416,7 +416,16 @@ def prepare_command(config: DataSetConfig) -> str:
     if isinstance(config, PluginDataConfig):
         words += [f"data.target={config.target}", f"plugins=[{config.target.partition(':')[0]}]"]
     words += [f"data.path={config.path}"] if config.path != _default_path(config.kind) else []
+    if isinstance(config, AppendixCConfig):
+        # its settings are all there is of it
+        words += [f"data.{name}={value}" for name, value in vars(config).items() if _decides(config, name)]
     return " ".join(words)
+
+
+def _decides(config: AppendixCConfig, name: str) -> bool:
+    """Whether a setting makes another stream than the default."""
+    read = ("kind", "path", "max_length", "window", "stochastic_length")
+    return name not in read and getattr(config, name) != getattr(type(config), name, None)
 
 
 def _default_path(kind: str) -> str:

@@ -306,13 +306,13 @@ class Curve:
     Attributes:
         name: of the line.
         fitted: (x, y) of points.
-        held_out: likewise, drawn as stars.
+        held_out: (x, y) of one more, drawn as a star.
         x, y, low, high: [n] the line and its interval.
     """
 
     name: str
     fitted: Sequence[tuple[float, float]]
-    held_out: Sequence[tuple[float, float]]
+    held_out: tuple[float, float] | None
     x: npt.NDArray[np.float64]
     y: npt.NDArray[np.float64]
     low: npt.NDArray[np.float64]
@@ -337,9 +337,10 @@ def save_laws(curves: Sequence[Curve], metric: str, logarithmic: bool, stem: Pat
         colour = f"C{index}"
         axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.2, linewidth=0)
         axes.plot(curve.x, curve.y, color=colour, label=curve.name)
-        axes.scatter(*zip(*curve.fitted, strict=True), color=colour, s=18)
-        if curve.held_out:
-            axes.scatter(*zip(*curve.held_out, strict=True), color=colour, s=90, marker="*", edgecolors="black")
+        axes.scatter([x for x, _ in curve.fitted], [y for _, y in curve.fitted], color=colour, s=18)
+        if curve.held_out is not None:
+            x, y = curve.held_out
+            axes.scatter([x], [y], color=colour, s=90, marker="*", edgecolors="black")
     axes.set_xscale("log")
     if logarithmic:
         axes.set_yscale("log")

@@ -25,8 +25,8 @@ def save_study(study: Study, stem: Path) -> tuple[Path, Path]:
 def _curve(family: Family) -> Curve:
     runs = [(point.compute, point.metrics[family.metric]) for point in family.fitted]
     last = family.held_out
-    held_out = [] if last is None else [(last.compute, last.measured)]
-    ends = [compute for compute, _ in [*runs, *held_out]]
+    held_out = None if last is None else (last.compute, last.measured)
+    ends = [compute for compute, _ in [*runs, *([] if held_out is None else [held_out])]]
     compute = np.geomspace(min(ends), 2 * max(ends), _POINTS)
     low, high = family.fit.interval(compute)
     return Curve(family.name, runs, held_out, compute, family.fit.law.at(compute), low, high)

@@ -133,7 +133,7 @@ class Fit:
         return float(low), float(high)
 
 
-def fit_law(kind: Kind, compute: Floats, values: Floats, resamples: int = 300, seed: int = 0) -> Fit:
+def fit_law(kind: Kind, compute: Floats, values: Floats, resamples: int = 200, seed: int = 0) -> Fit:
     """Fits a law and its intervals.
 
     Args:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hstu_dist.data.appendix_c import AppendixC, Draws, distinct, event_slots, item_categories, open_limits, uniform
-from hstu_dist.data.config import AppendixCConfig
+from hstu_dist.data.config import AppendixCConfig, prepare_command
 from hstu_dist.data.dataset import SequenceDataset
 from hstu_dist.data.prepare import prepare
 
@@ -128,3 +128,10 @@ def test_mistakes_are_named() -> None:
         ValueError, match=r"num_categories: got 12, expected at most the 7\.5 items that are open at first"
     ):
         replace(SMALL, open_share=0.05)
+
+
+def test_the_command_that_makes_a_stream_has_all_that_decides() -> None:
+    command = prepare_command(replace(SMALL, path="elsewhere", max_length=9))
+    assert command.startswith("python -m hstu_dist prepare data=appendix_c data.path=elsewhere data.num_records=200 ")
+    assert "data.num_items=150" in command and "max_length" not in command and "open_share" not in command
+    assert prepare_command(AppendixCConfig()) == "python -m hstu_dist prepare data=appendix_c"
