@@ -14,6 +14,7 @@ import numpy as np
 from hstu_dist.commands.plan import job_of, settings_of
 from hstu_dist.commands.scale_cells import read_points, training_compute
 from hstu_dist.config import RunConfig, compose, conf_dir
+from hstu_dist.data.config import AppendixCConfig
 from hstu_dist.errors import UserError
 from hstu_dist.files import write_atomically
 from hstu_dist.plan.report import Plan
@@ -109,7 +110,7 @@ def _rung(experiment: str, needed: float, largest: float, overrides: Sequence[st
     # a step that gives every rank something to do
     sequences = max(config.trainer.global_batch_size, hardware.ranks)
     tokens = round(_tokens(config) * needed / compute)
-    settings = replace(config.plan, dataset_tokens=max(1, tokens))
+    settings = replace(config.plan, dataset_tokens=max(1, tokens), num_items=config.plan.num_items or _items(config))
     job = replace(job_of(replace(config, plan=settings)), global_batch_size=sequences)
     planned = Plan.of(config.name, job, hardware, settings)
     low, high = (planned.gpu_days(seconds) for seconds in (planned.time.bound, planned.time.serial))
@@ -141,6 +142,11 @@ def _tokens(config: RunConfig) -> int:
     assert cut is not None
     assert cut.train is not None
     return cut.train * config.data.max_length
+
+
+def _items(config: RunConfig) -> int | None:
+    """Of a stream that need not have been made; None: the prepared data set knows."""
+    return config.data.num_items if isinstance(config.data, AppendixCConfig) else None
 
 
 def _draw(study: Study, stem: Path) -> tuple[Path, ...]:

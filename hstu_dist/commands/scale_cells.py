@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 
 from hstu_dist.config import RunConfig, compose, difference, load, to_dict
-from hstu_dist.data.config import AppendixCConfig, LoaderConfig
-from hstu_dist.data.dataset import SequenceDataset
+from hstu_dist.data.config import AppendixCConfig, DataSetConfig, LoaderConfig
+from hstu_dist.data.dataset import Ints, SequenceDataset
 from hstu_dist.data.split import Split, part_lengths, recent_rows
 from hstu_dist.data.stream.config import StreamConfig
 from hstu_dist.errors import UserError
 from hstu_dist.files import write_atomically
 from hstu_dist.models.config import RetrievalConfig
 from hstu_dist.run_folder import RunFolder
-from hstu_dist.scaling.compute import pass_lengths, training_flops
+from hstu_dist.scaling.compute import trained_lengths, training_flops
 from hstu_dist.scaling.points import Point
 
 CELLS_FILE = "cells.json"
@@ -40,13 +40,15 @@ def training_compute(config: RunConfig) -> int | None:
     data, task, trainer = config.data, config.task, config.trainer
     if isinstance(data, StreamConfig) or not isinstance(task, RetrievalConfig) or task.split == "time":
         return None
-    if isinstance(data, AppendixCConfig):
-        lengths, num_items = np.full(data.num_records, data.record_length), data.num_items
-    else:
-        dataset = SequenceDataset.open(data.path)
-        lengths, num_items = dataset.lengths, dataset.num_items
-    split = Split(trainer.train_on)
-    cut = config.record_split
+    model, loss = config.retrieval
+    epochs, split, cut = trainer.stop_epoch or trainer.epochs or 1, Split(trainer.train_on), config.record_split
+    drawn = data.stochastic_length is not None or trainer.emission is not None
+    if isinstance(data, AppendixCConfig) and cut is not None and not drawn:
+        # without the stream: those of clusters have too many records to lay out
+        start, end = cut.bounds(data.num_records, split)
+        known = {min(data.max_length, data.record_length - 1): (end - start) * epochs}
+        return training_flops(model, loss, data.num_items, known)
+    lengths, num_items = _lengths(config.prepared)
     parts = part_lengths(lengths, split) if cut is None else cut.parts(lengths, split)
     loader = LoaderConfig(
         split=split,
@@ -56,10 +58,16 @@ def training_compute(config: RunConfig) -> int | None:
         stochastic_length=data.stochastic_length,
         emission=trainer.emission,
     )
-    epochs = trainer.stop_epoch or trainer.epochs or 1
-    passes = pass_lengths(recent_rows(parts, data.max_length), loader, epochs)
-    model, loss = config.retrieval
-    return training_flops(model, loss, num_items, passes)
+    trained = trained_lengths(recent_rows(parts, data.max_length), loader, epochs)
+    return training_flops(model, loss, num_items, trained)
+
+
+def _lengths(data: DataSetConfig) -> tuple[Ints, int]:
+    """[S] events of every sequence, and the number of items."""
+    if isinstance(data, AppendixCConfig):
+        return np.full(data.num_records, data.record_length, dtype=np.int64), data.num_items
+    dataset = SequenceDataset.open(data.path)
+    return dataset.lengths, dataset.num_items
 
 
 def remember_cells(folder: Path, cells: dict[str, Sequence[str]]) -> None:

@@ -39,16 +39,24 @@ class RecordSplit:
             count: sequences of the data set.
             split: which part.
         """
+        start, end = self.bounds(count, split)
+        training = split in (Split.TRAIN, Split.TRAIN_VALIDATION)
+        if training or self.evaluated is None or self.evaluated >= end - start:
+            return np.arange(start, end)
+        return start + np.arange(self.evaluated) * (end - start) // self.evaluated
+
+    def bounds(self, count: int, split: Split) -> tuple[int, int]:
+        """First sequence of a split and the one after its last; of held-out parts before they are thinned out."""
         test = count - round(count * self.test_share)
         validation = test - round(count * self.validation_share)
         match split:
             case Split.TRAIN | Split.TRAIN_VALIDATION:
                 end = validation if split is Split.TRAIN else test
-                return np.arange(0 if self.train is None else max(0, end - self.train), end)
+                return 0 if self.train is None else max(0, end - self.train), end
             case Split.VALIDATION:
-                return self._spread(validation, test)
+                return validation, test
             case Split.TEST:
-                return self._spread(test, count)
+                return test, count
 
     def parts(self, lengths: Ints, split: Split) -> Ints:
         """[S] int64, how many of each sequence's first events belong to a split: all or none.
@@ -61,9 +69,3 @@ class RecordSplit:
         found = np.zeros_like(lengths)
         found[chosen] = lengths[chosen]
         return found
-
-    def _spread(self, start: int, end: int) -> Ints:
-        count = end - start
-        if self.evaluated is None or self.evaluated >= count:
-            return np.arange(start, end)
-        return start + np.arange(self.evaluated) * count // self.evaluated

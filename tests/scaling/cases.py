@@ -21,7 +21,8 @@ SIZES = ("s01", "s02", "s03", "s04", "s05", "s06")
 def write_run(folder: Path, experiment: str, size: str, **changed: Any) -> RunConfig:
     """A finished cell whose loss lies on the law of its experiment; `changed` replaces parts of its result."""
     words = [f"experiment={experiment}", f"size={size}", f"output={folder}", f"name={experiment}_{size}"]
-    config = compose([*words, *changed.pop("words", ())])
+    words += changed.pop("words", [])
+    config = compose(words)
     compute = training_compute(config)
     assert compute is not None
     loss = float(LAWS[experiment].at(compute))

@@ -93,4 +93,4 @@ def test_passes_add_up(tiny_data: Path) -> None:
     assert training_compute(compose([*words, "task.split=time"])) is None
     config = compose(words)
     model, loss = config.retrieval
-    assert training_flops(model, loss, 40, []) == 0
+    assert training_flops(model, loss, 40, {}) == 0
