@@ -250,7 +250,7 @@ def predicted_cost(cells: Sequence[Cell]) -> str:
         lines.append(f"  {cell.config.name}: {'not known' if compute is None else f'{compute:.3g}'}")
     more = f", and {unknown} cells that cannot be told before" if unknown else ""
     done = len(cells) - len(waiting)
-    return "\n".join([f"{total:.3g} training FLOPs in {len(waiting)} cells{more}; {done} have finished", *lines])
+    return "\n".join([f"{total:.3g} training FLOPs in {len(waiting)} cells{more}; {done} are done", *lines])
 
 
 def _suffix(swept: Mapping[str, str]) -> str:
