@@ -7,7 +7,6 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -18,8 +17,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from benchmarks.environment import describe
+from benchmarks.cells import Findings
 from benchmarks.harness import GEMM, Effort, Samples, Step, Timings, clock_of, compare, gemm
+from benchmarks.parts import run_parts
 from hstu_dist.commands.session import sequence_cost
 from hstu_dist.data.balance import by_cost, by_cost_and_count, imbalance, in_turns, largest_item_bound
 from hstu_dist.data.config import LoaderConfig, StochasticLengthConfig, SyntheticZipfConfig
@@ -33,7 +33,7 @@ from hstu_dist.data.synthetic import power_law
 from hstu_dist.machine import gpu_peak_flops
 from hstu_dist.models.config import HSTUConfig
 from hstu_dist.models.flops import Workload, count_flops
-from hstu_dist.report.results import Ratio, Results, Row, write
+from hstu_dist.report.results import Ratio, Row
 
 log = logging.getLogger(__name__)
 
@@ -67,24 +67,15 @@ def run(options: argparse.Namespace) -> int:
     """Measures everything on one process and writes the result file."""
     # a reader's own pool would use all cores whatever the option says
     pa.set_cpu_count(torch.get_num_threads())
-    rows: list[Row] = []
-    ratios: list[Ratio] = []
-    for measure in (_feeding, _sparsity, _balancing):
-        more_rows, more_ratios = measure(options.quick)
-        rows += more_rows
-        ratios += more_ratios
-    results = Results(
-        name="data",
-        command=options.command,
-        rows=tuple(rows),
-        ratios=tuple(ratios),
-        **asdict(describe(torch.device("cpu"))),
-    )
-    log.info("written to %s", write(results, options.output))
-    return 0
+    parts = {
+        "feeding": partial(_feeding, options.quick),
+        "sparsity": partial(_sparsity, options.quick),
+        "balancing": partial(_balancing, options.quick),
+    }
+    return run_parts("data", parts, options, torch.device("cpu"))
 
 
-def _feeding(quick: bool) -> tuple[list[Row], list[Ratio]]:
+def _feeding(quick: bool) -> Findings:
     with tempfile.TemporaryDirectory() as folder:
         config = SyntheticZipfConfig(path=f"{folder}/zipf", num_users=300 if quick else 10_000)
         events = prepare(config).num_events
@@ -93,7 +84,7 @@ def _feeding(quick: bool) -> tuple[list[Row], list[Ratio]]:
         steps: dict[str, Step] = {READ: partial(_open_anew, config.path), WHOLE: _epochs(dataset, None)}
         steps |= {name: _epochs(dataset, law) for name, law in LAWS.items()}
         timings = compare(steps, _effort(quick), clock_of(torch.device("cpu")))
-    return feed_rows(timings, events), feed_ratios(timings, events)
+    return Findings(feed_rows(timings, events), feed_ratios(timings, events))
 
 
 def _open_anew(path: str) -> None:
@@ -139,22 +130,22 @@ def feed_ratios(timings: Timings, events: int) -> list[Ratio]:
     ]
 
 
-def _sparsity(quick: bool) -> tuple[list[Row], list[Ratio]]:
+def _sparsity(quick: bool) -> Findings:
     sequences = 2_000 if quick else 50_000
     uniform = (np.arange(sequences) + 0.5) / sequences
     histories = _MEDIAN * np.exp(_SIGMA * np.array([NormalDist().inv_cdf(u) for u in uniform]))
-    rows, ratios = [], []
+    found = Findings()
     for longest, published in PUBLISHED_SPARSITY.items():
         case = f"Stochastic Length 1.6, log-normal histories up to {longest:,}"
         law = StochasticLength(StochasticLengthConfig(), longest, seed=0)
         lengths = np.clip(histories, 1, longest).astype(np.int64)
         epochs = [law.kept_lengths(np.arange(sequences), lengths, epoch).mean() / longest for epoch in range(5)]
-        found = Samples(tuple(100 * (1 - float(kept)) for kept in epochs))
-        rows.append(found.row(case, "hstu_dist", "sparsity", "%"))
-        rows.append(Samples((published,)).row(case, "paper", "sparsity", "%"))
+        ours = Samples(tuple(100 * (1 - float(kept)) for kept in epochs))
+        found.rows.append(ours.row(case, "hstu_dist", "sparsity", "%"))
+        found.rows.append(Samples((published,)).row(case, "paper", "sparsity", "%"))
         # a difference of nothing would give an infinite ratio
-        difference = max(abs(found.median - published), 0.1)
-        ratios.append(
+        difference = max(abs(ours.median - published), 0.1)
+        found.ratios.append(
             Ratio(
                 case=case,
                 metric="sparsity",
@@ -164,12 +155,11 @@ def _sparsity(quick: bool) -> tuple[list[Row], list[Ratio]]:
                 target=1.0,
             )
         )
-    return rows, ratios
+    return found
 
 
-def _balancing(quick: bool) -> tuple[list[Row], list[Ratio]]:
-    rows: list[Row] = []
-    ratios: list[Ratio] = []
+def _balancing(quick: bool) -> Findings:
+    findings = Findings()
     for sequences in (32, 128):
         case = f"{RANKS} ranks x {sequences} sequences, Zipf 1.2 lengths up to 4,096, HSTU of 8 layers, width 512"
         draws = list(batch_costs(sequences, draws=3 if quick else 20))
@@ -178,12 +168,10 @@ def _balancing(quick: bool) -> tuple[list[Row], list[Ratio]]:
             for name, share in BALANCES.items()
         }
         found["largest sequence"] = Samples(tuple(largest_item_bound(costs, RANKS) for costs in draws))
-        rows += [samples.row(case, name, "imbalance", "1") for name, samples in found.items()]
-        ratios += [_balance_ratio(case, name, found) for name in BALANCES if name != "in turns"]
-        more_rows, more_ratios = _balancing_cost(case, draws, quick)
-        rows += more_rows
-        ratios += more_ratios
-    return rows, ratios
+        findings.rows += [samples.row(case, name, "imbalance", "1") for name, samples in found.items()]
+        findings.ratios += [_balance_ratio(case, name, found) for name in BALANCES if name != "in turns"]
+        findings.add(_balancing_cost(case, draws, quick))
+    return findings
 
 
 def batch_costs(sequences: int, draws: int) -> Iterator[Floats]:
@@ -211,7 +199,7 @@ def _balance_ratio(case: str, name: str, found: Mapping[str, Samples]) -> Ratio:
     )
 
 
-def _balancing_cost(case: str, draws: list[Floats], quick: bool) -> tuple[list[Row], list[Ratio]]:
+def _balancing_cost(case: str, draws: list[Floats], quick: bool) -> Findings:
     """Seconds of balancing beside the shortest step of a rank's share: on this machine, and by a GPU's data sheet."""
     device = torch.device("cpu")
     yardstick = gemm(device, torch.float32, 256 if quick else 2048)
@@ -237,7 +225,7 @@ def _balancing_cost(case: str, draws: list[Floats], quick: bool) -> tuple[list[R
             ratio = _SHARE_OF_STEP * seconds / timings.seconds[name].median
             limit = f"{_SHARE_OF_STEP:.0%} of {step}"
             ratios.append(Ratio(case=case, metric="balancing time", a=limit, b=name, value=ratio, target=target))
-    return rows, ratios
+    return Findings(rows, ratios)
 
 
 def _effort(quick: bool) -> Effort:

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
-from benchmarks.environment import describe
+from benchmarks.cells import Findings
 from benchmarks.harness import GEMM, Effort, Samples, Step, Timings, clock_of, compare, gemm
 from benchmarks.inference_load import serving
 from benchmarks.memory import peak_extra_mb
+from benchmarks.parts import run_parts
 from hstu_dist.inference.batches import Candidates, History, MicroBatch
 from hstu_dist.inference.cache import StateCache
 from hstu_dist.inference.mfalcon import Encoder, Scorer
 from hstu_dist.models.config import HSTUConfig
 from hstu_dist.models.flops import Workload, count_flops
 from hstu_dist.models.tower import Tower
-from hstu_dist.report.results import Ratio, Results, Row, write
-
-log = logging.getLogger(__name__)
+from hstu_dist.report.results import Ratio, Row
 
 ALONE, COLD, CACHED = "one by one", "M-FALCON, cold", "M-FALCON, cached history"
 _ITEMS = 10_000
@@ -57,29 +55,13 @@ class Problem:
 def run(options: argparse.Namespace) -> int:
     """Measures everything and writes the result file."""
     quick = options.quick
-    rows: list[Row] = []
-    ratios: list[Ratio] = []
     size = Problem(history=256, candidates=64) if quick else Problem(history=4096, candidates=1024)
-    few = Problem(history=size.history, candidates=size.candidates // 8)
-    parts: list[Callable[[], tuple[list[Row], list[Ratio]]]] = [
-        lambda: speed(size, options.device, quick),
-        lambda: speed(few, options.device, quick),
-        lambda: memory(size, options.device),
-        lambda: serving(quick),
-    ]
-    for part in parts:
-        more_rows, more_ratios = part()
-        rows += more_rows
-        ratios += more_ratios
-    results = Results(
-        name="inference",
-        command=options.command,
-        rows=tuple(rows),
-        ratios=tuple(ratios),
-        **asdict(describe(options.device)),
-    )
-    log.info("written to %s", write(results, options.output))
-    return 0
+    parts: dict[str, Callable[[], Findings]] = {}
+    for share in (1, 2, 8):
+        problem = replace(size, candidates=size.candidates // share)
+        parts[f"speed_{problem.candidates}"] = partial(speed, problem, options.device, quick)
+    parts |= {"memory": partial(memory, size, options.device), "serving": partial(serving, quick)}
+    return run_parts("inference", parts, options, options.device)
 
 
 def encoder_of(problem: Problem, device: torch.device) -> Encoder:
@@ -114,7 +96,7 @@ def request_of(problem: Problem, device: torch.device) -> tuple[History, Candida
     return history, candidates
 
 
-def speed(problem: Problem, device: torch.device, quick: bool) -> tuple[list[Row], list[Ratio]]:
+def speed(problem: Problem, device: torch.device, quick: bool) -> Findings:
     """One request, cold, repeated, and a sample of its candidates one by one."""
     scorer = Scorer(encoder_of(problem, device))
     history, candidates = request_of(problem, device)
@@ -139,7 +121,7 @@ def speed(problem: Problem, device: torch.device, quick: bool) -> tuple[list[Row
     }
     effort = Effort(budget_seconds=1 if quick else 25, min_rounds=2 if quick else 5, max_rounds=20, warm_up_seconds=0)
     timings = compare(steps, effort, clock_of(device))
-    return speed_rows(problem, timings), speed_ratios(problem, timings)
+    return Findings(speed_rows(problem, timings), speed_ratios(problem, timings))
 
 
 def flops(problem: Problem) -> dict[str, int]:
@@ -202,7 +184,7 @@ def build(problem: Problem, device: torch.device) -> Step:
     return lambda: scorer.score(history, candidates, MicroBatch(candidates=problem.micro_batch))
 
 
-def memory(largest: Problem, device: torch.device) -> tuple[list[Row], list[Ratio]]:
+def memory(largest: Problem, device: torch.device) -> Findings:
     """Peak memory as history and micro-batch double, and as candidates alone do."""
     n, m = largest.history, largest.micro_batch
     half = Problem(history=n // 2, candidates=2 * m, micro_batch=m // 2)
@@ -229,4 +211,4 @@ def memory(largest: Problem, device: torch.device) -> tuple[list[Row], list[Rati
             value=(large + kept) / more, target=_LINEAR,
         )  # fmt: skip
         ratios = [grown, same]
-    return rows, ratios
+    return Findings(rows, ratios)

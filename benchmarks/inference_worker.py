@@ -11,9 +11,9 @@ import torch
 from benchmarks.inference_load import ITEMS
 from hstu_dist.commands.trained import encoder_config
 from hstu_dist.config import compose
-from hstu_dist.data.vocabulary import Vocabulary
 from hstu_dist.inference.config import ServeConfig
-from hstu_dist.inference.requests import ItemIndex
+from hstu_dist.inference.inputs import Inputs
+from hstu_dist.inference.requests import ValueIndex
 from hstu_dist.inference.retrieval import RetrievalModel
 from hstu_dist.inference.server import Served, serve
 from hstu_dist.machine import keep_freed_memory
@@ -23,13 +23,15 @@ from hstu_dist.models.tower import Tower
 def main() -> None:
     """Serves until SIGTERM."""
     keep_freed_memory()
+    # the other core has HTTP and the clients
+    torch.set_num_threads(1)
     model = encoder_config(compose(["experiment=ml1m_hstu_large"]))
     torch.manual_seed(0)
     tower = Tower(model, torch.device("cpu")).requires_grad_(False)
-    vocabulary = Vocabulary(raw=pa.array(np.arange(ITEMS)), counts=np.ones(ITEMS, dtype=np.int64))
+    inputs = Inputs(items=ValueIndex(pa.array(np.arange(ITEMS))), max_events=model.max_length)
     served = Served(
         model=RetrievalModel(tower, torch.randn(ITEMS, model.width), model.max_length),
-        items=ItemIndex(vocabulary),
+        inputs=inputs,
         description={"run": "random"},
     )
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from hstu_dist.actions import WHOLE_WORD, ActionField, action_fields
+from hstu_dist.actions import WORD_BITS, action_fields
+from hstu_dist.commands.ranking_model import ranking_parts, ranking_shape
 from hstu_dist.commands.session import Session, average_of, dense_settings, open_tables
 from hstu_dist.config import RunConfig
 from hstu_dist.data.config import prepare_command
@@ -20,12 +21,10 @@ from hstu_dist.data.time_split import moments_of
 from hstu_dist.distributed.process_group import World
 from hstu_dist.distributed.ranker import Ranker
 from hstu_dist.errors import UserError
-from hstu_dist.losses.config import MultiTaskConfig
 from hstu_dist.losses.multi_task import head_fields
-from hstu_dist.models.config import RankingConfig
 from hstu_dist.models.flops import Workload
 from hstu_dist.models.ranking_flops import count_ranking_flops, ranking_work
-from hstu_dist.models.ranking_shape import RankingShape, counts_by_magnitude
+from hstu_dist.models.ranking_shape import RankingShape
 from hstu_dist.train.optimizer import Optimizers
 from hstu_dist.train.ranking import (
     HeadSet,
@@ -60,22 +59,15 @@ class RankingSession(Session):
         Raises:
             UserError: a label is out of range, or a part of the data has labels of one class only.
         """
-        task, loss = config.task, config.loss
-        assert isinstance(task, RankingConfig)
-        assert isinstance(loss, MultiTaskConfig)
+        task, loss = ranking_parts(config)
         dataset = SequenceDataset.open(config.data.path)
         fields = action_fields(dataset.manifest.action_fields)
         heads = HeadSet(loss.heads, head_fields(loss.heads, fields))
         moments = moments_of(dataset, task.validation_share, task.test_share)
         check_labels(dataset, heads, moments, prepare_command(config.prepared))
         features = contextual_features(config.data.path, dataset.manifest, task.contextual)
-        shape = RankingShape(
-            num_items=dataset.num_items,
-            actions=tuple((field, _levels(field, task.action_levels, dataset)) for field in fields),
-            contextual=features.sizes,
-            outputs=len(loss.heads),
-            head_width=task.head_width or config.model.width,
-        )
+        shape = ranking_shape(config, dataset.num_items, fields, features.sizes)
+        check_actions(dataset, shape)
         tables = open_tables(config, dataset.num_items, world)
         ranker = Ranker(tables, config.model, shape, world.device, config.seed, dense_settings(config))
         return cls(
@@ -166,21 +158,17 @@ def _parts(dataset: SequenceDataset, moments: Moments) -> Iterator[tuple[str, np
     yield "test", times > moments.validate_until
 
 
-def _levels(field: ActionField, levels: int, dataset: SequenceDataset) -> int:
-    """Rows of a field's embedding.
+def check_actions(dataset: SequenceDataset, shape: RankingShape) -> None:
+    """Whether the model has a row for every action.
 
     Raises:
         UserError: the action is one plain number, and larger than the rows it may have.
     """
-    if counts_by_magnitude(field, levels):
-        return field.bits + 1
-    if field.name != WHOLE_WORD or dataset.manifest.action_fields:
-        return field.largest + 1
     largest = int(dataset.actions.max(initial=0))
-    if largest >= levels:
-        raise UserError(
-            f"data set {dataset.manifest.name}: got action {largest}, expected actions in [0, {levels}) "
-            "(task.action_levels)",
-            "set task.action_levels above it, or prepare the column with data.action_columns={NAME: BITS}",
-        )
-    return levels
+    for field, rows in shape.actions:
+        if field.bits == WORD_BITS and largest >= rows:
+            raise UserError(
+                f"data set {dataset.manifest.name}: got action {largest}, expected actions in [0, {rows}) "
+                "(task.action_levels)",
+                "set task.action_levels above it, or prepare the column with data.action_columns={NAME: BITS}",
+            )

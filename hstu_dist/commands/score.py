@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from hstu_dist.commands.trained import Trained, load_trained, run_of
+from hstu_dist.data.contextual import USER
 from hstu_dist.data.request_files import Piece, RequestFile, answers
 from hstu_dist.errors import UserError
 from hstu_dist.inference.config import RetrieveConfig, ScoreConfig
+from hstu_dist.inference.inputs import Inputs
 from hstu_dist.inference.requests import Ints, RequestError, Requests
-from hstu_dist.inference.retrieval import ExactSearch, Search
+from hstu_dist.inference.retrieval import ExactSearch, RetrievalModel, Search
 
 _NOBODY = np.zeros(0, dtype=np.int64)
 
 
 def score_file(run: Path | None, overrides: Sequence[str], settings: ScoreConfig, say: Callable[[str], None]) -> None:
-    """Writes the input's rows with a list of scores beside the candidates.
+    """Writes the input's rows with lists of scores, or of what is predicted, beside the candidates.
 
     Args:
         run: folder of the run, or None.
@@ -30,14 +33,14 @@ def score_file(run: Path | None, overrides: Sequence[str], settings: ScoreConfig
         UserError: the run, the input or the output is not what it should be; nothing is written.
     """
     trained = load_trained(*run_of(run, overrides), settings)
-    source = RequestFile(Path(settings.input), needed=("item_ids", "timestamps", "candidates"))
-    names = {"score": "scores"}
-    with answers(source, Path(settings.output), dict.fromkeys(names.values(), "float")) as output:
+    read = (*trained.inputs.actions, *map(_column, trained.inputs.contextual))
+    source = RequestFile(Path(settings.input), needed=("item_ids", "timestamps", "candidates", *read))
+    with answers(source, Path(settings.output), dict.fromkeys(trained.model.outputs, "float")) as output:
         for piece in source.pieces(settings.rows):
             requests = _requests(piece, trained, settings.unknown, with_candidates=True)
             scores = trained.model.score(requests, settings.micro_batch)
             offsets = requests.candidate_offsets
-            output.write(piece, {column: (offsets, scores[name]) for name, column in names.items()})
+            output.write(piece, {name: (offsets, values) for name, values in scores.items()})
     say(f"{settings.output}: {source.num_rows} requests scored with step {trained.step} of {trained.run}")
 
 
@@ -56,71 +59,83 @@ def retrieve_file(
         UserError: the run, the input or the output is not what it should be; nothing is written.
     """
     trained = load_trained(*run_of(run, overrides), settings)
-    search = search_of(trained, settings.index)
+    model = trained.retrieval
+    search = search_of(model, settings.index)
     source = RequestFile(Path(settings.input), needed=("item_ids", "timestamps"))
-    added = {"retrieved": "string" if trained.items.is_text else "int64", "retrieved_scores": "float"}
+    added = {"retrieved": "string" if trained.inputs.items.is_text else "int64", "retrieved_scores": "float"}
     with answers(source, Path(settings.output), added) as output:
         for piece in source.pieces(settings.rows):
             requests = _requests(piece, trained, settings.unknown, with_candidates=False)
-            best = trained.model.retrieve(requests, settings.k, settings.exclude_seen, search)
+            best = model.retrieve(requests, settings.k, settings.exclude_seen, search)
             found = best.ids >= 0
             offsets = np.concatenate(([0], np.cumsum(found.sum(axis=1))))
-            raw = trained.items.decode(best.ids[found])
+            raw = trained.inputs.items.decode(best.ids[found])
             output.write(piece, {"retrieved": (offsets, raw), "retrieved_scores": (offsets, best.scores[found])})
     say(f"{settings.output}: {source.num_rows} requests answered with step {trained.step} of {trained.run}")
 
 
-def search_of(trained: Trained, index: str) -> Search:
+def search_of(model: RetrievalModel, index: str) -> Search:
     """How the corpus is searched.
 
     Raises:
         UserError: a package is missing.
     """
     if index == "exact":
-        return ExactSearch(trained.model.items_VD)
+        return ExactSearch(model.items_VD)
     try:
         from hstu_dist.inference.hnsw import HnswSearch
     except ImportError as error:
         raise UserError("index=hnsw: needs the package faiss-cpu", "install hstu-dist[ann], or use exact") from error
-    return HnswSearch(trained.model.items_VD)
+    return HnswSearch(model.items_VD)
 
 
-def _requests(piece: Piece, trained: Trained, unknown: str, with_candidates: bool) -> Requests:
-    offsets, item_ids = _items(piece, "item_ids", trained)
-    time_offsets, timestamps = piece.lists("timestamps")
-    different = np.diff(offsets) != np.diff(time_offsets)
-    if different.any():
-        raise UserError(
-            f"{piece.path} row {piece.first_row + int(different.argmax())}: item_ids and timestamps differ in length",
-            "give each event its time",
-        )
+def _requests(piece: Piece, trained: Trained, unknown: Literal["error", "skip"], with_candidates: bool) -> Requests:
+    inputs = trained.inputs
+    offsets, item_ids = _items(piece, "item_ids", inputs)
     candidate_offsets, candidates = np.zeros(len(offsets), dtype=np.int64), _NOBODY
     if with_candidates:
-        candidate_offsets, candidates = _items(piece, "candidates", trained)
-    requests = Requests(
-        offsets=offsets,
-        item_ids=item_ids,
-        timestamps=timestamps,
-        actions=np.zeros(len(item_ids), dtype=np.int64),
-        candidate_offsets=candidate_offsets,
-        candidate_ids=candidates,
-        times=piece.values("time") if piece.has("time") else last_times(offsets, timestamps),
-    )
+        candidate_offsets, candidates = _items(piece, "candidates", inputs)
+    timestamps = _of_events(piece, "timestamps", offsets)
     try:
-        requests.check()
-        requests = requests.known("skip" if unknown == "skip" else "error")
-        if unknown == "error":
-            requests.expect_history()
+        requests = Requests(
+            offsets=offsets,
+            item_ids=item_ids,
+            timestamps=timestamps,
+            actions=inputs.words(offsets, {name: _of_events(piece, name, offsets) for name in inputs.actions}),
+            candidate_offsets=candidate_offsets,
+            candidate_ids=candidates,
+            times=piece.values("time") if piece.has("time") else last_times(offsets, timestamps),
+            contextual=inputs.codes({name: piece.optional(_column(name)) for name in inputs.contextual}, piece.count),
+        )
+        return inputs.ready(requests, unknown)
     except RequestError as error:
         row = piece.first_row + error.row
         raise UserError(f"{piece.path} row {row}: {error.problem}", error.remedy) from error
-    return requests.most_recent(trained.model.max_length)
 
 
-def _items(piece: Piece, column: str, trained: Trained) -> tuple[Ints, Ints]:
+def _column(feature: str) -> str:
+    """Where a file says it of a user."""
+    return "user_id" if feature == USER else feature
+
+
+def _of_events(piece: Piece, column: str, offsets: Ints) -> Ints:
+    """Numbers [E], one for each event."""
+    own, numbers = piece.lists(column)
+    different = np.diff(offsets) != np.diff(own)
+    if different.any():
+        raise UserError(
+            f"{piece.path} row {piece.first_row + int(different.argmax())}: item_ids and {column} differ in length",
+            f"give each event its {column}",
+        )
+    if not isinstance(numbers, np.ndarray):
+        raise UserError(f"{piece.path}: column {column}: got text, expected integers", "store it as int64")
+    return numbers
+
+
+def _items(piece: Piece, column: str, inputs: Inputs) -> tuple[Ints, Ints]:
     offsets, raw = piece.lists(column)
     try:
-        return offsets, trained.items.encode(raw)
+        return offsets, inputs.items.encode(raw)
     except ValueError as error:
         raise UserError(f"{piece.path}: column {column}: {error}", "give ids as the run's data has them") from error
 

@@ -30,5 +30,5 @@ def serve_run(run: Path | None, overrides: Sequence[str], settings: ServeConfig,
     cache = StateCache(settings.cache_mib << 20) if settings.cache_mib else None
     trained = load_trained(*run_of(run, overrides), settings, cache)
     description = {"run": trained.run.name, "step": trained.step}
-    say(f"serving step {trained.step} of {trained.run}: {len(trained.items)} items")
-    serve(Served(model=trained.model, items=trained.items, description=description), settings, say)
+    say(f"serving step {trained.step} of {trained.run}: {len(trained.inputs.items)} items")
+    serve(Served(model=trained.model, inputs=trained.inputs, description=description), settings, say)

@@ -1,30 +1,40 @@
-"""A trained run as a model on one process: its best checkpoint and the vocabulary of its items, without any ranks."""
+"""A trained run as a model on one process, without any ranks: its best checkpoint, and the names of what it reads."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hstu_dist.actions import action_fields
 from hstu_dist.checkpoint.manifest import check_file, read_manifest
 from hstu_dist.checkpoint.offline import read_whole
 from hstu_dist.commands.checkpoint import TABLE, TOWER, find, table_of, weight_records
+from hstu_dist.commands.ranking_model import ranking_parts, ranking_shape
 from hstu_dist.config import RunConfig, compose, load
+from hstu_dist.data.contextual import contextual_values
+from hstu_dist.data.schema import load_manifest
 from hstu_dist.data.vocabulary import Vocabulary
 from hstu_dist.distributed.config import ITEM
 from hstu_dist.errors import UserError
 from hstu_dist.inference.cache import StateCache
 from hstu_dist.inference.config import ModelUse
-from hstu_dist.inference.requests import ItemIndex
+from hstu_dist.inference.inputs import ActionInput, Inputs
+from hstu_dist.inference.ranking import RankingModel
+from hstu_dist.inference.requests import ValueIndex
 from hstu_dist.inference.retrieval import RetrievalModel
 from hstu_dist.machine import keep_freed_memory
-from hstu_dist.models.config import HSTUConfig, TransformerConfig
+from hstu_dist.models.config import AttentionBackendName, EncoderConfig, HSTUConfig, RankingConfig, TransformerConfig
+from hstu_dist.models.ranking import RankingTower
+from hstu_dist.models.ranking_shape import largest_number
 from hstu_dist.models.tower import Tower
 from hstu_dist.run_folder import RunFolder
+
+_SAME_DATA = "set prepared_data=FOLDER to the prepared data that the run was trained on"
 
 
 @dataclass(frozen=True)
@@ -91,23 +101,37 @@ def read_weights(folder: RunFolder, width: int) -> Weights:
 
 @dataclass(frozen=True)
 class Trained:
-    """A model and the names of its items.
+    """A model and what it reads.
 
     Attributes:
         model: what scores.
-        items: from the users' ids to the model's and back.
+        inputs: what it reads of a request.
         step: of its checkpoint.
         run: its folder.
     """
 
-    model: RetrievalModel
-    items: ItemIndex
+    model: RetrievalModel | RankingModel
+    inputs: Inputs
     step: int
     run: Path
 
+    @property
+    def retrieval(self) -> RetrievalModel:
+        """The model, if it retrieves.
+
+        Raises:
+            UserError: it was trained to rank.
+        """
+        if not isinstance(self.model, RetrievalModel):
+            raise UserError(
+                f"run {self.run}: was trained to rank, so it scores candidates and retrieves none",
+                "use `score` or `serve`, or name a run with task=retrieval",
+            )
+        return self.model
+
 
 def load_trained(config: RunConfig, folder: RunFolder, use: ModelUse, cache: StateCache | None = None) -> Trained:
-    """Loads a run's best checkpoint and its vocabulary.
+    """Loads a run's best checkpoint and the vocabulary of what it reads.
 
     Args:
         config: of the run.
@@ -122,21 +146,48 @@ def load_trained(config: RunConfig, folder: RunFolder, use: ModelUse, cache: Sta
     if use.threads is not None:
         torch.set_num_threads(use.threads)
     device = _device(use.device)
-    data = use.prepared_data or config.data.path
-    items = ItemIndex(Vocabulary.items(data))
+    inputs = inputs_of(config, use.prepared_data)
     weights = read_weights(folder, config.model.width)
-    if len(items) != weights.table_VD.shape[0]:
-        raise UserError(
-            f"{data}: has {len(items)} items, the run was trained on {weights.table_VD.shape[0]}",
-            "set prepared_data=FOLDER to the prepared data that the run was trained on",
-        )
-    encoder = encoder_config(config)
-    tower = tower_of(encoder, weights, device)
-    model = RetrievalModel(tower, weights.table_VD.to(device), encoder.max_length, cache)
-    return Trained(model, items, weights.step, folder.path)
+    tower, table_VD = tower_of(config, inputs, weights, device), weights.table_VD.to(device)
+    model: RetrievalModel | RankingModel
+    if isinstance(tower, RankingTower):
+        model = RankingModel(tower, table_VD, ranking_parts(config)[1].heads, cache)
+    else:
+        model = RetrievalModel(tower, table_VD, encoder_config(config).max_length, cache)
+    return Trained(model, inputs, weights.step, folder.path)
 
 
-def encoder_config(config: RunConfig) -> HSTUConfig | TransformerConfig:
+def inputs_of(config: RunConfig, prepared_data: str | None) -> Inputs:
+    """What the model of a run reads.
+
+    Args:
+        config: of the run.
+        prepared_data: folder that names items, users and features; None: that of the run.
+
+    Raises:
+        UserError: the folder is missing or damaged, or has not what the model reads.
+    """
+    folder = Path(prepared_data or config.data.path)
+    items, events = ValueIndex(Vocabulary.items(folder).raw), config.data.max_length
+    if not isinstance(config.task, RankingConfig):
+        return Inputs(items=items, max_events=events)
+    manifest, task = load_manifest(folder), config.task
+    actions = {
+        field.name: ActionInput(field, largest_number(field, task.action_levels))
+        for field in action_fields(manifest.action_fields)
+    }
+    values = contextual_values(folder, manifest, task.contextual)
+    return Inputs(
+        items=items,
+        # a candidate is an event, too
+        max_events=events - 1,
+        needs_history=False,
+        actions=actions,
+        contextual={name: ValueIndex(raw) for name, raw in values.items()},
+    )
+
+
+def encoder_config(config: RunConfig) -> EncoderConfig:
     """The run's model, if it encodes sequences.
 
     Raises:
@@ -144,21 +195,44 @@ def encoder_config(config: RunConfig) -> HSTUConfig | TransformerConfig:
     """
     model = config.model
     if not isinstance(model, HSTUConfig | TransformerConfig):
-        raise UserError(f"model: got {model.kind}, expected one that encodes sequences", "name a retrieval run")
+        raise UserError(f"model: got {model.kind}, expected one that encodes sequences", "name a run of another model")
     return model
 
 
-def tower_of(model: HSTUConfig | TransformerConfig, weights: Weights, device: torch.device) -> Tower:
-    """The tower with a checkpoint's weights, which will not be trained."""
-    tower = Tower(model, device)
+def tower_of(
+    config: RunConfig, inputs: Inputs, weights: Weights, device: torch.device, backend: AttentionBackendName = "auto"
+) -> Tower | RankingTower:
+    """The tower of a run with a checkpoint's weights, which will not be trained.
+
+    Args:
+        config: of the run.
+        inputs: what its model reads.
+        weights: of the checkpoint.
+        device: where it computes.
+        backend: what it computes attention with; auto: as in the run's settings.
+
+    Raises:
+        UserError: the weights are of another model or of other data.
+    """
+    rows = weights.table_VD.shape[0]
+    if len(inputs.items) != rows:
+        raise UserError(f"data: has {len(inputs.items)} items, the run was trained on {rows}", _SAME_DATA)
+    encoder = encoder_config(config)
+    encoder = encoder if backend == "auto" else replace(encoder, backend=backend)
+    tower: Tower | RankingTower
+    if isinstance(config.task, RankingConfig):
+        sizes = [len(index) for index in inputs.contextual.values()]
+        fields = [column.field for column in inputs.actions.values()]
+        tower = RankingTower(encoder, ranking_shape(config, rows, fields, sizes), device)
+    else:
+        tower = Tower(encoder, device)
     try:
-        # strict: a tower of other settings, or of another task, must not pass
+        # strict: a tower of other settings must not pass
         tower.load_state_dict(weights.tower)
     except RuntimeError as error:
         first = str(error).partition("\n")[2].strip().partition("\n")[0]
         raise UserError(
-            f"checkpoint of step {weights.step}: is not that of a retrieval tower ({first[:200]})",
-            "name a run that was trained for retrieval with this version",
+            f"checkpoint of step {weights.step}: does not fit the run's settings and data ({first[:200]})", _SAME_DATA
         ) from error
     return tower.requires_grad_(False).eval()
 

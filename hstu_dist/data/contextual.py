@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hstu_dist.data.schema import CONTEXT_FILE, Manifest
+from hstu_dist.data.vocabulary import Vocabulary
 from hstu_dist.errors import UserError
 
 Ints = npt.NDArray[np.int64]
@@ -65,9 +67,35 @@ def contextual_features(folder: str | Path, manifest: Manifest, names: Sequence[
     return Contextual(sizes=tuple(size for _, size in found), codes=codes)
 
 
+def contextual_values(folder: str | Path, manifest: Manifest, names: Sequence[str]) -> dict[str, pa.Array]:
+    """The values that codes stand for: those of code 0, 1, ... of each feature, ascending.
+
+    Args:
+        folder: of the data set.
+        manifest: of the data set.
+        names: `user` or contextual columns.
+
+    Raises:
+        UserError: a feature is missing, or the file is damaged.
+    """
+    check_contextual(manifest, names)
+    file = Path(folder) / CONTEXT_FILE
+    return {
+        name: Vocabulary.users(folder).raw
+        if name == USER
+        else pa.array(np.unique(_column(file, name, manifest.num_users)))
+        for name in names
+    }
+
+
 def _codes(file: Path, name: str, num_users: int) -> tuple[Ints, int]:
     if name == USER:
         return np.arange(num_users), num_users
+    values, codes = np.unique(_column(file, name, num_users), return_inverse=True)
+    return codes.astype(np.int64), len(values)
+
+
+def _column(file: Path, name: str, num_users: int) -> npt.NDArray[Any]:
     remedy = "run `python -m hstu_dist prepare` again"
     try:
         with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
@@ -76,5 +104,5 @@ def _codes(file: Path, name: str, num_users: int) -> tuple[Ints, int]:
         raise UserError(f"{file}: contextual column {name} cannot be read ({str(error)[:300]})", remedy) from error
     if len(column) != num_users or column.null_count:
         raise UserError(f"{file}: contextual column {name} has no value for some user", remedy)
-    values, codes = np.unique(column.to_numpy(), return_inverse=True)
-    return codes.astype(np.int64), len(values)
+    values: npt.NDArray[Any] = column.to_numpy()
+    return values

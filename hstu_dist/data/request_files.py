@@ -15,14 +15,17 @@ import pyarrow.parquet as pq
 from hstu_dist.errors import UserError
 from hstu_dist.files import replacing
 
-_COLUMNS = "item_ids list<int64 or string>, timestamps list<int64>, and where they apply candidates, user_id, time"
+_COLUMNS = (
+    "item_ids list<int64 or string>, timestamps list<int64>, candidates and time where they apply, and what the model "
+    "reads of users and actions"
+)
 
 
 class RequestFile:
     """A Parquet file with one request a row.
 
     Columns: `item_ids` and `timestamps`, lists of equal lengths, oldest event first, times in seconds; `candidates`, a
-    list; `user_id` and `time` (int64 seconds, when the request is made), both optional. Others are passed on.
+    list; `time` (int64 seconds, when the request is made), optional; what else a model reads. Others are passed on.
     """
 
     def __init__(self, path: Path, needed: tuple[str, ...]) -> None:
@@ -73,6 +76,11 @@ class Piece:
         self.first_row = first_row
         self.batch = batch
 
+    @property
+    def count(self) -> int:
+        """Requests."""
+        return int(self.batch.num_rows)
+
     def has(self, name: str) -> bool:
         """Whether the file has a column."""
         return name in self.batch.schema.names
@@ -95,6 +103,11 @@ class Piece:
             row = int(np.searchsorted(offsets - offsets[0], place, side="right")) - 1
             raise UserError(f"{self.path} row {self.first_row + row}: {name} holds a null", "leave it out")
         return offsets - offsets[0], self._values(name, flat)
+
+    def optional(self, name: str) -> list[Any]:
+        """Values of a column, one a request, None for a null."""
+        found: list[Any] = self.batch.column(name).to_pylist()
+        return found
 
     def values(self, name: str) -> Any:
         """Values of a column, one a request: int64, or a list of strings.

@@ -1,16 +1,13 @@
-"""The ranking model on one rank: sharded tables and a ranking tower that the ranks share."""
+"""The ranking model on one rank."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hstu_dist.batch import JaggedBatch
-from hstu_dist.distributed.config import ITEM
-from hstu_dist.distributed.parallel import DenseSettings, ParallelTower
-from hstu_dist.distributed.recommender import all_items
+from hstu_dist.distributed.parallel import DenseSettings
+from hstu_dist.distributed.shared_model import SharedModel
 from hstu_dist.distributed.tables import EmbeddingTables
 from hstu_dist.models.config import DLRMConfig, ModelConfig
 from hstu_dist.models.dlrm import DLRMTower
@@ -19,8 +16,10 @@ from hstu_dist.models.ranking_shape import RankingShape
 from hstu_dist.ops import backends
 
 
-class Ranker(nn.Module):
-    """Tables and ranking tower. All ranks call every method together."""
+class Ranker(SharedModel):
+    """Tables and a tower that predicts actions. All ranks call every method together."""
+
+    tower: RankingTower | DLRMTower
 
     def __init__(
         self,
@@ -31,21 +30,9 @@ class Ranker(nn.Module):
         seed: int,
         dense: DenseSettings,
     ) -> None:
-        super().__init__()
-        self.shape = shape
-        self.tables = tables
         torch.manual_seed(seed)
-        self.tower: RankingTower | DLRMTower
-        if isinstance(model, DLRMConfig):
-            self.tower = DLRMTower(model, shape, device, backends.row_kernels(backends.fastest(device)))
-        else:
-            self.tower = RankingTower(model, shape, device)
-        self._parallel = ParallelTower(self.tower, dense)
-
-    def items(self, ids_U: Tensor) -> Tensor:
-        """Rows [U, D] of the item table."""
-        rows: dict[str, Tensor] = self.tables({ITEM: ids_U})
-        return rows[ITEM]
+        super().__init__(tables, _tower(model, shape, device), dense)
+        self.shape = shape
 
     def predict(self, items_ED: Tensor, batch: JaggedBatch, noise_key: int) -> Tensor:
         """Predictions [E, K] of every event; the backward averages over ranks.
@@ -55,19 +42,15 @@ class Ranker(nn.Module):
             batch: the batch.
             noise_key: key of the step's random numbers.
         """
-        predicted: Tensor = self._parallel(items_ED, batch, noise_key)
-        return predicted
-
-    def exchanging(self, wanted: bool) -> AbstractContextManager[None]:
-        """Around `predict` and its backward: whether this backward averages; else its gradients stay on this rank."""
-        return self._parallel.exchanging(wanted)
+        return self._parallel(items_ED, batch, noise_key)
 
     @torch.no_grad()
     def predict_local(self, items_ED: Tensor, batch: JaggedBatch) -> Tensor:
         """As `predict` in evaluation; where the tower is sharded, all ranks call it equally often."""
-        predicted: Tensor = self._parallel.local(items_ED, batch, None)
-        return predicted
+        return self._parallel.local(items_ED, batch, None)
 
-    def corpus(self) -> Tensor:
-        """Rows [num_items, D] of the whole table, on every rank."""
-        return all_items(self.tables, next(self.tower.parameters()).device)
+
+def _tower(model: ModelConfig, shape: RankingShape, device: torch.device) -> RankingTower | DLRMTower:
+    if isinstance(model, DLRMConfig):
+        return DLRMTower(model, shape, device, backends.row_kernels(backends.fastest(device)))
+    return RankingTower(model, shape, device)

@@ -30,7 +30,7 @@ class ModelUse:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ScoreConfig(ModelUse):
-    """`score`: a score for every candidate of a file of requests.
+    """`score`: a score, or what a ranking model predicts, for every candidate of a file of requests.
 
     Attributes:
         input: Parquet file of requests.

@@ -162,7 +162,8 @@ class DenseTower(nn.Module):
         following = timestamps.index_select(1, (slot + 1).clamp(max=N - 1))
         at_end = slot == lengths[:, None] - 1
         query_times = torch.where(at_end, request_times[:, None], following)
-        slots, keys, x = slot.expand(timestamps.shape), timestamps, history
+        # sized as `history`, of which x is made: export would tell other sizes from its own by a guard
+        slots, keys, x = slot.expand(history.shape[:2]), timestamps, history
         if self.target_aware:
             times = request_times[:, None].expand(-1, M)
             slots = torch.cat([slots, lengths[:, None].expand(-1, M)], dim=1)

@@ -28,7 +28,7 @@ from hstu_dist.models.tower import Tower
 EXPORTED, COMPILED, ITEMS, DESCRIPTION = "exported.pt2", "compiled.pt2", "items.safetensors", "model.json"
 
 _INPUTS = {
-    "history": "[B, N, D] float32, N at least 2, rows of item_table.weight, oldest event first, padded with zeros",
+    "history": "[B, N, D] float32, rows of item_table.weight, oldest event first, padded with zeros",
     "timestamps": "[B, N] int64 seconds, padded with 0",
     "lengths": "[B] int64, events of each history, 0 to N",
     "request_times": "[B] int64 seconds",
@@ -42,7 +42,7 @@ _OUTPUTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """Largest sizes that an exported tower takes; the smallest is 1, of the padded history 2.
+    """Largest sizes that an exported tower takes; the smallest is 1.
 
     Attributes:
         users: of a batch.
@@ -65,13 +65,8 @@ def exported(tower: Tower, bounds: Bounds, target_aware: bool = False) -> Export
     """
     dense = DenseTower(tower.requires_grad_(False).eval(), target_aware)
     users, history, candidates = (
-        # export tells N columns of padding from 1 by a guard that a batch of single events would fail
-        Dim(name, min=least, max=most)
-        for name, least, most in (
-            ("users", 1, bounds.users),
-            ("history", 2, bounds.history),
-            ("candidates", 1, bounds.candidates),
-        )
+        Dim(name, min=1, max=most)
+        for name, most in (("users", bounds.users), ("history", bounds.history), ("candidates", bounds.candidates))
     )
     shapes = (
         {0: users, 1: history},

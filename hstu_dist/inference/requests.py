@@ -12,7 +12,6 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from hstu_dist.data.vocabulary import Vocabulary
 from hstu_dist.errors import UserError
 
 Ints = npt.NDArray[np.int64]
@@ -54,6 +53,7 @@ class Requests:
         candidate_ids: [M] int64, dense ids; UNKNOWN as above.
         times: [B] int64 seconds, when each request is made.
         users: [B], whose histories they are, for the cache; None: nobody says, of one request or of all.
+        contextual: [B, C] int64, codes of what is known of each user, UNKNOWN as above; None: nothing is.
     """
 
     offsets: Ints
@@ -64,6 +64,7 @@ class Requests:
     candidate_ids: Ints
     times: Ints
     users: Sequence[Hashable] | None = None
+    contextual: Ints | None = None
 
     @property
     def count(self) -> int:
@@ -72,7 +73,7 @@ class Requests:
 
     @classmethod
     def joined(cls, parts: Sequence[Requests]) -> Requests:
-        """Several as one, in order; at least one."""
+        """Several of one model as one, in order; at least one."""
 
         def offsets(of: Sequence[Ints]) -> Ints:
             return np.concatenate(([0], np.cumsum(np.concatenate([np.diff(x) for x in of]))))
@@ -83,10 +84,12 @@ class Requests:
             if field.name in ("item_ids", "timestamps", "actions", "candidate_ids", "times")
         }
         users = [user for part in parts for user in (part.users or [None] * part.count)]
+        contextual = [part.contextual for part in parts if part.contextual is not None]
         return cls(
             offsets=offsets([part.offsets for part in parts]),
             candidate_offsets=offsets([part.candidate_offsets for part in parts]),
             users=users,
+            contextual=np.concatenate(contextual) if contextual else None,
             **columns,
         )
 
@@ -172,29 +175,29 @@ def _refuse(unknown: npt.NDArray[np.bool_], offsets: Ints, field: str) -> None:
         )
 
 
-class ItemIndex:
-    """From raw ids to dense ones and back, without building anything for each request."""
+class ValueIndex:
+    """From raw values, such as ids of items, to dense ones and back, without building anything for each request."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self.vocabulary = vocabulary
-        self.is_text = str(vocabulary.raw.type) != "int64"
+    def __init__(self, raw: Any) -> None:
+        """Of different values in ascending order: an Arrow array of int64 or text."""
+        self._raw = raw
+        self.is_text = str(raw.type) != "int64"
         self._places: dict[str, int] = {}
         self._sorted = np.empty(0, dtype=np.int64)
         if self.is_text:
-            self._places = {raw: place for place, raw in enumerate(vocabulary.raw.to_pylist())}
+            self._places = {raw: place for place, raw in enumerate(raw.to_pylist())}
         else:
-            # ascending: what the vocabulary promises
-            self._sorted = vocabulary.raw.to_numpy(zero_copy_only=False)
+            self._sorted = raw.to_numpy(zero_copy_only=False)
 
     def __len__(self) -> int:
         """V."""
-        return len(self.vocabulary)
+        return len(self._raw)
 
     def encode(self, raw: Sequence[int] | Sequence[str] | Ints) -> Ints:
-        """Dense ids [n] int64 of raw ids, UNKNOWN for those that are not in the vocabulary.
+        """Dense ids [n] int64 of raw values, UNKNOWN for those that are not there.
 
         Raises:
-            ValueError: an id is not of the vocabulary's type.
+            ValueError: one is of another type.
         """
         if self.is_text:
             return np.array([self._places.get(text, UNKNOWN) for text in _texts(raw)], dtype=np.int64)
@@ -204,19 +207,20 @@ class ItemIndex:
         return np.where(found, places, UNKNOWN)
 
     def decode(self, ids: Ints) -> list[int] | list[str]:
-        """Raw ids of dense ones."""
-        return self.vocabulary.decode(ids)
+        """Raw values of dense ids in [0, V)."""
+        values: list[int] | list[str] = self._raw.take(ids).to_pylist()
+        return values
 
 
 def _integers(raw: Sequence[Any]) -> Ints:
     for value in raw:
         if not isinstance(value, int) or isinstance(value, bool) or not -(2**63) <= value < 2**63:
-            raise ValueError(f"got {value!r}, expected whole numbers: the model's item ids are int64")
+            raise ValueError(f"got {value!r}, expected whole numbers, as the run's data has")
     return np.array(raw, dtype=np.int64)
 
 
 def _texts(raw: Sequence[Any] | Ints) -> Iterator[str]:
     for value in raw:
         if not isinstance(value, str):
-            raise ValueError(f"got {value!r}, expected text: the model's item ids are strings")
+            raise ValueError(f"got {value!r}, expected text, as the run's data has")
         yield value

@@ -13,19 +13,17 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from hstu_dist.inference.batches import Candidates, History, MicroBatch
 from hstu_dist.inference.cache import StateCache
 from hstu_dist.inference.mfalcon import Encoder, Scorer
+from hstu_dist.inference.model import Floats
 from hstu_dist.inference.requests import UNKNOWN, Ints, Requests
 from hstu_dist.models.tower import Tower
 from hstu_dist.ops.jagged import sequence_of
 from hstu_dist.ops.normalize import unit_rows
-
-Floats = npt.NDArray[np.float32]
 
 _PAIRS = 1 << 24
 """Scores of the corpus held at once."""
@@ -98,16 +96,17 @@ def _pairs(seen: tuple[Ints, Ints] | None, device: torch.device) -> tuple[Tensor
 class RetrievalModel:
     """A tower and its item table. For one thread."""
 
+    outputs = ("scores",)
+
     def __init__(self, tower: Tower, table_VD: Tensor, max_length: int, cache: StateCache | None = None) -> None:
         """A model on the device of its weights.
 
         Args:
             tower: with weights.
             table_VD: item vectors as they were trained, of any length.
-            max_length: N, the longest history that the tower reads.
+            max_length: N, positions of the tower.
             cache: where histories are kept between calls.
         """
-        self.max_length = max_length
         self.cache = cache
         self.items_VD = unit_rows(table_VD)
         self.device = table_VD.device
@@ -121,15 +120,7 @@ class RetrievalModel:
 
     @torch.no_grad()
     def score(self, requests: Requests, micro_batch: int) -> Mapping[str, Floats]:
-        """Score of every candidate.
-
-        Args:
-            requests: checked, histories no longer than the tower reads.
-            micro_batch: candidates compared at once.
-
-        Returns:
-            `score`: [M] cosines, NaN for an unknown candidate or an empty history.
-        """
+        """As `Model.score`: cosines, NaN for an unknown candidate or an empty history."""
         users_BD = self._users(requests)
         owners = np.repeat(np.arange(requests.count), np.diff(requests.candidate_offsets))
         scores = np.empty(len(requests.candidate_ids), dtype=np.float32)
@@ -140,7 +131,7 @@ class RetrievalModel:
             products = (users_BD[rows] * self.items_VD[ids.clamp(min=0)]).sum(1)
             scores[part] = products.masked_fill(ids == UNKNOWN, torch.nan).cpu().numpy()
         scores[np.diff(requests.offsets)[owners] == 0] = np.nan
-        return {"score": scores}
+        return {"scores": scores}
 
     @torch.no_grad()
     def retrieve(self, requests: Requests, k: int, exclude_seen: bool, search: Search | None = None) -> Best:

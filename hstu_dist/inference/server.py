@@ -28,8 +28,10 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from hstu_dist.errors import UserError
 from hstu_dist.inference.batching import Batcher, LateError, Limits, OverloadedError
 from hstu_dist.inference.config import ServeConfig
+from hstu_dist.inference.inputs import Inputs
 from hstu_dist.inference.messages import Ask, BadJsonError, Reader, RetrieveAsk, ScoreAsk, error_body, requests_of
-from hstu_dist.inference.requests import ItemIndex, RequestError, Requests
+from hstu_dist.inference.model import Model
+from hstu_dist.inference.requests import RequestError, Requests
 from hstu_dist.inference.retrieval import RetrievalModel
 from hstu_dist.inference.server_metrics import Metrics
 
@@ -46,12 +48,12 @@ class Served:
 
     Attributes:
         model: scores; used by one thread.
-        items: from the clients' ids to the model's and back.
+        inputs: what it reads of a request.
         description: of the model, which every answer carries.
     """
 
-    model: RetrievalModel
-    items: ItemIndex
+    model: Model
+    inputs: Inputs
     description: Mapping[str, Any]
 
 
@@ -109,6 +111,8 @@ class Server:
 
     async def retrieve(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/retrieve."""
+        if not isinstance(self.served.model, RetrievalModel):
+            raise web.HTTPNotFound(reason="the model was trained to rank: it scores candidates")
         ask = self._retrieve.read(await request.read())
         job = _Job(self._prepared(ask, ()), ask.k or self.config.k, ask.exclude_seen)
         return self._reply(await self._submit(job))
@@ -123,11 +127,9 @@ class Server:
         return web.Response(body=self.metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     def _prepared(self, ask: Ask, candidates: Sequence[Any]) -> Requests:
-        requests = requests_of(ask, candidates, self.served.items, (self.config.max_events, self.config.max_candidates))
-        requests = requests.known(self.config.unknown)
-        if self.config.unknown == "error":
-            requests.expect_history()
-        return requests.most_recent(self.served.model.max_length)
+        inputs, config = self.served.inputs, self.config
+        requests = requests_of(ask, candidates, inputs, (config.max_events, config.max_candidates))
+        return inputs.ready(requests, config.unknown)
 
     async def _submit(self, job: _Job) -> Mapping[str, Any]:
         if self.stopping:
@@ -143,12 +145,13 @@ class Server:
             scores = self.served.model.score(joined, self.config.micro_batch)
             for index, place in enumerate(scored):
                 first, end = joined.candidate_offsets[index : index + 2]
-                answers[place] = {f"{name}s": _numbers(values[first:end]) for name, values in scores.items()}
+                answers[place] = {name: _numbers(values[first:end]) for name, values in scores.items()}
         for place, job in enumerate(jobs):
             if job.k is not None:
+                assert isinstance(self.served.model, RetrievalModel)
                 best = self.served.model.retrieve(job.requests, job.k, job.exclude_seen)
                 found = best.ids[0] >= 0
-                items = self.served.items.decode(best.ids[0][found])
+                items = self.served.inputs.items.decode(best.ids[0][found])
                 answers[place] = {"items": items, "scores": _numbers(best.scores[0][found])}
         return [answers[place] for place in range(len(jobs))]
 
@@ -200,6 +203,7 @@ class Server:
 
     async def _start(self, app: web.Application) -> None:
         # the first computation of a process takes seconds: libraries are loaded, threads are started
+        num_contextual = len(self.served.inputs.contextual)
         first = Requests(
             offsets=np.array([0, 1]),
             item_ids=np.zeros(1, dtype=np.int64),
@@ -208,16 +212,20 @@ class Server:
             candidate_offsets=np.array([0, 1]),
             candidate_ids=np.zeros(1, dtype=np.int64),
             times=np.zeros(1, dtype=np.int64),
+            contextual=np.zeros((1, num_contextual), dtype=np.int64) if num_contextual else None,
         )
-        await self.batcher.start([_Job(first), _Job(first, k=1)])
+        jobs = [_Job(first)]
+        if isinstance(self.served.model, RetrievalModel):
+            jobs.append(_Job(first, k=1))
+        await self.batcher.start(jobs)
 
     async def _stop(self, app: web.Application) -> None:
         await self.batcher.stop()
 
 
 def _numbers(values: Any) -> list[float | None]:
-    """JSON knows no NaN: null stands for no score."""
-    return [None if np.isnan(value) else float(value) for value in values]
+    """JSON knows neither NaN nor infinity: null stands for no score."""
+    return [float(value) if np.isfinite(value) else None for value in values]
 
 
 def serve(served: Served, config: ServeConfig, say: Callable[[str], None]) -> None:

@@ -71,7 +71,7 @@ class HeadConfig:
     """One prediction of what a user does with an item.
 
     Attributes:
-        name: prefix of its metrics.
+        name: prefix of its metrics; `score` calls its column `predicted_NAME`.
         kind: binary: whether the action is at least `threshold`, by cross-entropy; regression: the action itself, as
             (transform(action) - offset) / scale, by squared error.
         column: part of the action that it predicts; `action` where the data has one plain action.

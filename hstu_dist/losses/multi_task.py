@@ -51,6 +51,27 @@ def labels_of(words_E: Tensor, heads: Sequence[HeadConfig], fields: Sequence[Act
     return torch.stack(columns, dim=1)
 
 
+def answers_of(predicted_EK: Tensor, heads: Sequence[HeadConfig]) -> Tensor:
+    """What the heads predict, for people: probabilities of binary heads, of regressions the action itself.
+
+    Args:
+        predicted_EK: [E, K] logits of binary heads, normalised values of regressions.
+        heads: K of them.
+
+    Returns:
+        [E, K] float64.
+    """
+    columns = []
+    for index, head in enumerate(heads):
+        predicted = predicted_EK[:, index].to(torch.float64)
+        if head.kind == "binary":
+            columns.append(predicted.sigmoid())
+        else:
+            values = predicted * head.scale + head.offset
+            columns.append(torch.expm1(values) if head.transform == "log1p" else values)
+    return torch.stack(columns, dim=1)
+
+
 def multi_task_loss(predicted_EK: Tensor, labels_EK: Tensor, heads: Sequence[HeadConfig]) -> Tensor:
     """Sum over events and heads of weight x (binary cross-entropy or squared error).
 

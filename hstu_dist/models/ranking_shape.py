@@ -38,6 +38,18 @@ def token_encoder(config: EncoderConfig, num_contextual: int) -> EncoderConfig:
     return replace(config, max_length=2 * config.max_length + num_contextual)
 
 
+def embedding_rows(field: ActionField, levels: int) -> int:
+    """Rows of the embedding of a field: of a plain number `levels`, which it must stay below."""
+    if counts_by_magnitude(field, levels):
+        return field.bits + 1
+    return field.largest + 1 if field.bits < WORD_BITS else levels
+
+
+def largest_number(field: ActionField, levels: int) -> int:
+    """The largest number of a field that its embedding has a row for."""
+    return field.largest if field.bits < WORD_BITS else levels - 1
+
+
 def counts_by_magnitude(field: ActionField, levels: int) -> bool:
     """Whether the levels of a field are orders of magnitude: it is packed and holds numbers of `levels` and above."""
     return field.bits < WORD_BITS and levels <= field.largest

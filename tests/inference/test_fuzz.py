@@ -66,24 +66,21 @@ def test_any_body_gives_scores_or_a_typed_error(body: bytes, policy: Any, model:
         try:
             ask = Reader(form).read(body)  # type: ignore[type-var]
             candidates = ask.candidates if isinstance(ask, ScoreAsk) else []
-            requests = requests_of(ask, candidates, model.items, LIMITS).known(policy)
-            if policy == "error":
-                requests.expect_history()
+            requests = model.inputs.ready(requests_of(ask, candidates, model.inputs, LIMITS), policy)
         except (RequestError, BadJsonError):
             continue
-        requests = requests.most_recent(model.model.max_length)
         if isinstance(ask, RetrieveAsk):
-            best = model.model.retrieve(requests, ask.k or 10, ask.exclude_seen)
+            best = model.retrieval.retrieve(requests, ask.k or 10, ask.exclude_seen)
             found = best.ids[0][best.ids[0] >= 0]
             assert len(set(found.tolist())) == len(found)
             assert not (ask.exclude_seen and set(found.tolist()) & set(requests.item_ids.tolist()))
             continue
-        scores = model.model.score(requests, 16)["score"]
+        scores = model.model.score(requests, 16)["scores"]
         undefined = (requests.candidate_ids < 0) | (len(requests.item_ids) == 0)
         assert np.array_equal(np.isnan(scores), undefined)
         # the cache and the size of a micro-batch change nothing
         alone = Requests(**{**vars(requests), "users": None})
-        assert np.allclose(model.model.score(alone, 1024)["score"], scores, rtol=0, atol=1e-5, equal_nan=True)
+        assert np.allclose(model.model.score(alone, 1024)["scores"], scores, rtol=0, atol=1e-5, equal_nan=True)
 
 
 @FUZZ
@@ -121,7 +118,7 @@ def test_a_million_candidates(model: Trained) -> None:
         candidate_ids=np.arange(10**6) % 40,
         times=np.array([40]),
     )
-    scores = model.model.score(requests, 1 << 14)["score"]
+    scores = model.model.score(requests, 1 << 14)["scores"]
     few = Requests(**{**vars(requests), "candidate_offsets": np.array([0, 40]), "candidate_ids": np.arange(40)})
-    assert np.allclose(scores.reshape(-1, 40), model.model.score(few, 1024)["score"], rtol=0, atol=1e-5)
+    assert np.allclose(scores.reshape(-1, 40), model.model.score(few, 1024)["scores"], rtol=0, atol=1e-5)
     assert all(math.isfinite(score) for score in scores[:40])

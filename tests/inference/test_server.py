@@ -45,7 +45,7 @@ def played(trained: Trained, scenario: Scenario, **changes: Any) -> None:
     """Runs a scenario against a server of its own."""
 
     async def play() -> None:
-        served = Served(model=trained.model, items=trained.items, description={"step": trained.step})
+        served = Served(model=trained.model, inputs=trained.inputs, description={"step": trained.step})
         server = Server(served, replace(CONFIG, **changes))
         async with TestClient(TestServer(server.application())) as client:
             await scenario(client, server)
@@ -62,14 +62,14 @@ def expected(trained: Trained, items: list[int], candidates: list[int], at: int 
     times = np.arange(100, 100 + 10 * len(items), 10)
     requests = Requests(
         offsets=np.array([0, len(items)]),
-        item_ids=trained.items.encode(items),
+        item_ids=trained.inputs.items.encode(items),
         timestamps=times,
         actions=np.zeros(len(items), dtype=np.int64),
         candidate_offsets=np.array([0, len(candidates)]),
-        candidate_ids=trained.items.encode(candidates),
+        candidate_ids=trained.inputs.items.encode(candidates),
         times=np.array([times[-1] if at is None else at]),
     )
-    scores: list[float] = trained.model.score(requests.most_recent(trained.model.max_length), 1024)["score"].tolist()
+    scores: list[float] = trained.model.score(requests.most_recent(trained.inputs.max_events), 1024)["scores"].tolist()
     return scores
 
 
