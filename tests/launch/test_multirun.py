@@ -211,6 +211,6 @@ def test_a_finished_cell_with_other_settings_is_refused(tmp_path: Path, capsys: 
     assert main([*command, "--dry-run"]) == 0
     assert "0 training FLOPs in 0 cells; 1 are done" in capsys.readouterr().out
     assert main([*command, "optimizer.learning_rate=0.7"]) == 2
-    assert "scaling_hstu_s01: has finished with other settings (optimizer.learning_rate: 0.003 -> 0.7)" in (
+    assert "scaling_hstu_s01: has finished with other settings (optimizer.learning_rate: 0.01 -> 0.7)" in (
         capsys.readouterr().err
     )

@@ -88,13 +88,13 @@ def test_what_is_left_out_is_said(copied: Path, capsys: pytest.CaptureFixture[st
     unfinished = write_run(copied, "scaling_hstu", "s07")
     (copied / unfinished.name / "result.json").unlink()
     changed = copied / "scaling_sasrec_s02" / "config.yaml"
-    changed.write_text(changed.read_text().replace("learning_rate: 0.003", "learning_rate: 0.5"))
+    changed.write_text(changed.read_text().replace("learning_rate: 0.01", "learning_rate: 0.5"))
     excluded = "\n".join(fitted(copied)["excluded"])  # type: ignore[arg-type]
     assert "scaling_hstu_s03: excluded, its loss is nan" in excluded
     assert re.search(r"(another|scaling_hstu_s02): excluded, repeats (scaling_hstu_s02|another)", excluded)
     assert "scaling_hstu_s07: excluded, has not finished" in excluded
     assert "scaling_sasrec_s02: excluded, its settings were changed under the result" in excluded
-    assert "optimizer.learning_rate: 0.5 -> 0.003" in excluded
+    assert "optimizer.learning_rate: 0.5 -> 0.01" in excluded
     assert all(line in (copied / "fit" / "loss.md").read_text() for line in excluded.splitlines())
     assert excluded.splitlines()[0] in capsys.readouterr().out
 
