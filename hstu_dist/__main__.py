@@ -124,11 +124,14 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command = commands.add_parser(
         "doctor",
         help=summary,
-        description=f"{summary}. Exit code 2 if anything keeps a run from working. Under torchrun, and in the place of "
-        "`train` on several machines, it measures what lies between all of their ranks.",
+        description=f"{summary}. Exit code 2 if anything keeps a run from working. Started by "
+        "`python -m launch doctor`, on several machines, it measures what lies between all of their ranks.",
     )
     command.set_defaults(run=_doctor)
     command.add_argument("overrides", nargs="*", metavar="key=value", help="of the run whose folders count")
+    command.add_argument(
+        "--config", type=Path, help="resolved settings instead, as `python -m launch doctor` gives them"
+    )
     command.add_argument(
         "--ranks", type=int, default=2, help="local ranks that talk to each other; 0: none (default: 2)"
     )
@@ -240,7 +243,7 @@ def _scale(options: argparse.Namespace) -> None:
 def _doctor(options: argparse.Namespace) -> ExitCode:
     from hstu_dist.commands.doctor import DoctorOptions, examine
 
-    config = compose(["name=doctor", *options.overrides])
+    config = compose(["name=doctor", *options.overrides]) if options.config is None else _run_config(options)
     return examine(config, DoctorOptions(options.overrides, options.ranks, options.json), say)
 
 

@@ -166,6 +166,28 @@ class RunConfig:
                     f"optimizer.average_decay: got {self.optimizer.average_decay}, expected null: "
                     f"the {dtype} rows of table {name} are too short for an average"
                 )
+        self._check_vocabularies()
+
+    def _check_vocabularies(self) -> None:
+        kind, data = self.embedding.vocabulary.kind, self.data
+        if kind != "static" and isinstance(self.task, RankingConfig):
+            raise ValueError(f"embedding.vocabulary.kind: got {kind}, expected static for task=ranking")
+        if kind == "zch" and self.optimizer.average_decay is not None:
+            raise ValueError(
+                f"optimizer.average_decay: got {self.optimizer.average_decay}, expected null with "
+                "embedding.vocabulary.kind=zch: rows change hands, and an average would mix their owners"
+            )
+        if not isinstance(data, StreamConfig):
+            return
+        if (data.item_ids == "raw") != (kind != "static"):
+            expected = "hash or zch for data.item_ids=raw" if kind == "static" else "static, or data.item_ids=raw"
+            raise ValueError(f"embedding.vocabulary.kind: got {kind}, expected {expected}")
+        self.embedding.vocabulary.check_rows(data.num_items)
+        rows = self.embedding.vocabulary.rows
+        if rows not in (None, data.num_items):
+            raise ValueError(
+                f"embedding.vocabulary.rows: got {rows}, expected null on a stream: data.num_items={data.num_items}"
+            )
 
     @property
     def world_size(self) -> int:

@@ -13,6 +13,7 @@ from hstu_dist.console import report, say
 from hstu_dist.errors import ExitCode, UserError
 from launch import hosts, kubernetes, local, multirun, slurm
 from launch.run_files import finished_text, launched
+from launch.spec import Program
 
 _SHORT = {"nodes": ("cluster.nodes={}",), "gpus": ("nproc={}", "trainer.device=cuda")}
 """Words for what a launch is asked for most; nodes are machines, gpus those of each machine, one a rank."""
@@ -28,8 +29,8 @@ class Kind:
         status, logs, cancel: text for the user about a run that was launched.
     """
 
-    preview: Callable[[RunConfig], str]
-    start: Callable[[RunConfig], int]
+    preview: Callable[[RunConfig, Program], str]
+    start: Callable[[RunConfig, Program], int]
     status: Callable[[RunConfig], str]
     logs: Callable[[RunConfig], str]
     cancel: Callable[[RunConfig], str]
@@ -61,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _ask(options.words)
         overrides, dry_run_key = _split_dry_run(options.words)
         dry_run = dry_run_key or options.dry_run
+        if overrides and overrides[0] == "doctor":
+            return _doctor(_in_full(overrides[1:]), dry_run)
         if options.multirun:
             return multirun.run(_in_full(overrides), options.jobs, _preview if dry_run else None)
         return _launch(_in_full(overrides), dry_run)
@@ -79,11 +82,21 @@ def _launch(overrides: Sequence[str], dry_run: bool) -> int:
         # also says so if the data has gone since
         say(finished)
         return ExitCode.FINISHED
-    return KINDS[config.cluster.kind].start(config)
+    return KINDS[config.cluster.kind].start(config, "train")
+
+
+def _doctor(overrides: Sequence[str], dry_run: bool) -> int:
+    """Starts `python -m hstu_dist doctor` where a run would start its ranks, with a folder of its own."""
+    config = compose([*overrides, "name=doctor", "cluster.max_restarts=0"])
+    kind = KINDS[config.cluster.kind]
+    if dry_run:
+        say(kind.preview(config, "doctor"))
+        return ExitCode.FINISHED
+    return kind.start(config, "doctor")
 
 
 def _preview(config: RunConfig) -> str:
-    return KINDS[config.cluster.kind].preview(config)
+    return KINDS[config.cluster.kind].preview(config, "train")
 
 
 def _ask(words: Sequence[str]) -> int:
@@ -129,7 +142,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m launch",
         description="Starts the ranks of a run. A run that was stopped continues; a finished one shows its result.\n"
-        "`status FOLDER`, `logs FOLDER` and `cancel FOLDER` ask about a run that was launched.",
+        "`status FOLDER`, `logs FOLDER` and `cancel FOLDER` ask about a run that was launched; `doctor key=value ...`\n"
+        "starts a report on machines, packages and network in the place of the run.",
         epilog=groups_help(),
         formatter_class=argparse.RawTextHelpFormatter,
     )

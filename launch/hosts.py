@@ -16,13 +16,14 @@ from hstu_dist.run_folder import RunFolder
 from launch.local import ended_by_request, stop_signals
 from launch.node import NodeArguments
 from launch.run_files import checked_folder, find_program, progress
+from launch.spec import Program
 
 _POLL_SECONDS = 0.2
 _RETURN_SECONDS = 10.0
 """Between attempts to bring back a machine that was lost."""
 
 
-def commands(config: RunConfig) -> list[tuple[str, str]]:
+def commands(config: RunConfig, program: Program = "train") -> list[tuple[str, str]]:
     """Address and shell line of each machine.
 
     Raises:
@@ -43,28 +44,29 @@ def commands(config: RunConfig) -> list[tuple[str, str]]:
             run_id=config.name,
             node=str(node),
             logs=folder.logs,
+            program=program,
         )
         lines.append((address, f"cd {here} && exec {shlex.join(arguments.words([sys.executable]))}"))
     return lines
 
 
-def preview(config: RunConfig) -> str:
+def preview(config: RunConfig, program: Program = "train") -> str:
     """What `start` would run on which machine."""
     cluster = config.cluster
     assert isinstance(cluster, HostsConfig)
     if cluster.start == "ssh":
-        return "\n".join(shlex.join([*cluster.ssh, address, line]) for address, line in commands(config))
-    return "\n".join(f"# on {address}:\n{line}" for address, line in commands(config))
+        return "\n".join(shlex.join([*cluster.ssh, address, line]) for address, line in commands(config, program))
+    return "\n".join(f"# on {address}:\n{line}" for address, line in commands(config, program))
 
 
-def start(config: RunConfig) -> int:
+def start(config: RunConfig, program: Program = "train") -> int:
     """Starts the machines over ssh and waits for them, or says what to start by hand; returns the exit code."""
     cluster = config.cluster
     assert isinstance(cluster, HostsConfig)
-    lines = commands(config)
-    folder = checked_folder(config)
+    lines = commands(config, program)
+    folder = checked_folder(config, program)
     if cluster.start == "print":
-        say(preview(config))
+        say(preview(config, program))
         return ExitCode.FINISHED
     find_program(cluster.ssh[0])
     with stop_signals() as received:

@@ -17,7 +17,7 @@ from hstu_dist.errors import ExitCode, UserError
 from hstu_dist.run_folder import RunFolder
 from launch.node import NodeArguments
 from launch.run_files import call, write_job
-from launch.spec import LaunchSpec
+from launch.spec import LaunchSpec, Program
 
 _SETTINGS = PurePosixPath("/etc/hstu_dist/launch.yaml")
 _IMAGE_GROUP = 10001
@@ -33,7 +33,7 @@ def object_name(run: str) -> str:
     return f"hstu-{plain[: _LONGEST_NAME - 9].rstrip('-')}-{hashlib.sha256(run.encode()).hexdigest()[:8]}"
 
 
-def manifests(config: RunConfig) -> list[dict[str, Any]]:
+def manifests(config: RunConfig, program: Program = "train") -> list[dict[str, Any]]:
     """Everything that a run creates.
 
     Raises:
@@ -68,7 +68,7 @@ def manifests(config: RunConfig) -> list[dict[str, Any]]:
                 {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [int(ExitCode.BAD_INPUT)]}},
             ]
         },
-        "template": {"metadata": {"labels": labels}, "spec": _pod(config, name, port)},
+        "template": {"metadata": {"labels": labels}, "spec": _pod(config, name, port, program)},
     }
     return [
         {
@@ -90,7 +90,7 @@ def _inside(config: RunConfig) -> RunConfig:
     return replace(config, trainer=replace(trainer, threads=max(1, int(cluster.cpus) // config.nproc)))
 
 
-def _pod(config: RunConfig, name: str, port: int) -> dict[str, Any]:
+def _pod(config: RunConfig, name: str, port: int, program: Program) -> dict[str, Any]:
     cluster = _cluster(config)
     storage = {"emptyDir": {}} if cluster.claim is None else {"persistentVolumeClaim": {"claimName": cluster.claim}}
     pod: dict[str, Any] = {
@@ -100,7 +100,7 @@ def _pod(config: RunConfig, name: str, port: int) -> dict[str, Any]:
         # the agent's own limit and some
         "terminationGracePeriodSeconds": LaunchSpec.stop_seconds + 30,
         "securityContext": {"fsGroup": _IMAGE_GROUP},
-        "containers": [_container(config, name, port)],
+        "containers": [_container(config, name, port, program)],
         "volumes": [
             {"name": "settings", "configMap": {"name": name}},
             {"name": "storage", **storage},
@@ -112,7 +112,7 @@ def _pod(config: RunConfig, name: str, port: int) -> dict[str, Any]:
     return pod
 
 
-def _container(config: RunConfig, name: str, port: int) -> dict[str, Any]:
+def _container(config: RunConfig, name: str, port: int, program: Program) -> dict[str, Any]:
     cluster = _cluster(config)
     arguments = NodeArguments(
         config_file=Path(_SETTINGS),
@@ -121,6 +121,7 @@ def _container(config: RunConfig, name: str, port: int) -> dict[str, Any]:
         # set in every pod of an Indexed Job
         node="JOB_COMPLETION_INDEX",
         logs=RunFolder(config.run_dir).logs,
+        program=program,
     )
     requests = {"cpu": _number(cluster.cpus), "memory": _gib(cluster.memory_gib)}
     limits = {"memory": _gib(cluster.memory_gib)}
@@ -165,12 +166,12 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(str, _Dumper.represent_str)
 
 
-def preview(config: RunConfig) -> str:
+def preview(config: RunConfig, program: Program = "train") -> str:
     """The manifests that `start` would apply, as YAML."""
-    return str(yaml.dump_all(manifests(config), Dumper=_Dumper, sort_keys=False)).rstrip()
+    return str(yaml.dump_all(manifests(config, program), Dumper=_Dumper, sort_keys=False)).rstrip()
 
 
-def start(config: RunConfig) -> int:
+def start(config: RunConfig, program: Program = "train") -> int:
     """Creates the objects, unless the run's job is still active; returns the exit code.
 
     Data and run folder lie in the cluster, out of sight from here: the ranks check them when they start. What is
@@ -179,7 +180,7 @@ def start(config: RunConfig) -> int:
     cluster = _cluster(config)
     folder = RunFolder(config.run_dir)
     name = object_name(config.name)
-    text = preview(config)
+    text = preview(config, program)
     if _active(cluster, name):
         raise UserError(
             f"run {folder.path}: job {name} is still active", f"wait for it, or `python -m launch cancel {folder.path}`"

@@ -14,23 +14,23 @@ from hstu_dist.console import note, report
 from hstu_dist.errors import ExitCode, UserError
 from hstu_dist.run_folder import RunFolder
 from launch.run_files import checked_folder
-from launch.spec import LaunchSpec
+from launch.spec import LaunchSpec, Program
 from launch.torchrun import agent_command, agent_environment, as_shell
 
 _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _POLL_SECONDS = 0.1
 
 
-def preview(config: RunConfig) -> str:
+def preview(config: RunConfig, program: Program = "train") -> str:
     """The command that `start` would run."""
-    spec = LaunchSpec.of(config)
+    spec = LaunchSpec.of(config, program=program)
     return as_shell(agent_command(spec), agent_environment(spec))
 
 
-def start(config: RunConfig) -> int:
+def start(config: RunConfig, program: Program = "train") -> int:
     """Starts the ranks and waits for them; returns the exit code."""
-    folder = checked_folder(config)
-    spec = LaunchSpec.of(config)
+    folder = checked_folder(config, program)
+    spec = LaunchSpec.of(config, program=program)
     return ended_by_request(folder, run(agent_command(spec), agent_environment(spec), spec.max_restarts))
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import psutil
 
@@ -19,7 +20,7 @@ from hstu_dist.console import report
 from hstu_dist.errors import ExitCode, UserError
 from hstu_dist.run_folder import RunFolder
 from launch.local import run
-from launch.spec import LaunchSpec, Meeting
+from launch.spec import LaunchSpec, Meeting, Program
 from launch.torchrun import agent_command, agent_environment
 
 _RETRY_SECONDS = 1.0
@@ -38,6 +39,7 @@ class NodeArguments:
         run_id: the same on all machines.
         node: number of the machine, or the environment variable that holds it.
         logs: folder for the output of all ranks.
+        program: what the ranks run.
     """
 
     config_file: Path
@@ -45,6 +47,7 @@ class NodeArguments:
     run_id: str
     node: str
     logs: Path
+    program: Program = "train"
 
     def words(self, python: Sequence[str]) -> list[str]:
         """The command that starts `main` with these arguments."""
@@ -55,6 +58,7 @@ class NodeArguments:
             *("--run-id", self.run_id),
             *("--node", self.node),
             *("--logs", str(self.logs)),
+            *(() if self.program == "train" else ("--program", self.program)),
         ]
 
 
@@ -95,7 +99,7 @@ def prepare(arguments: NodeArguments, variables: Mapping[str, str]) -> LaunchSpe
     config = load(arguments.config_file)
     node = _number(arguments.node, variables, config.cluster.nodes)
     meeting = _meeting(config, arguments, node) if config.cluster.nodes > 1 else None
-    return LaunchSpec.of(config, arguments.config_file, meeting, arguments.logs / f"node{node}")
+    return LaunchSpec.of(config, arguments.config_file, meeting, arguments.logs / f"node{node}", arguments.program)
 
 
 def _number(node: str, variables: Mapping[str, str], nodes: int) -> int:
@@ -213,6 +217,7 @@ def _parse(arguments: Sequence[str] | None) -> NodeArguments:
     parser.add_argument("--run-id", required=True, help="the same on all machines")
     parser.add_argument("--node", required=True, help="number of this machine, or the variable that holds it")
     parser.add_argument("--logs", type=Path, required=True, help="folder for the output of the ranks")
+    parser.add_argument("--program", choices=get_args(Program), default="train", help="what the ranks run")
     options = parser.parse_args(arguments)
     return NodeArguments(
         config_file=options.config,
@@ -220,6 +225,7 @@ def _parse(arguments: Sequence[str] | None) -> NodeArguments:
         run_id=options.run_id,
         node=options.node,
         logs=options.logs,
+        program=options.program,
     )
 
 

@@ -15,21 +15,27 @@ from hstu_dist.errors import UserError
 from hstu_dist.files import write_atomically
 from hstu_dist.preflight import preflight
 from hstu_dist.run_folder import RunFolder
+from launch.spec import Program
 
 _JOB_FILE = "job.json"
 
 
-def checked_folder(config: RunConfig) -> RunFolder:
+def checked_folder(config: RunConfig, program: Program = "train") -> RunFolder:
     """The run's folder, after everything that can be checked here, with its resolved settings in it.
+
+    The doctor is not held up by what it is there to find.
 
     Raises:
         UserError: one line that says what does not fit and how to mend it.
     """
-    # the fewest ranks are those with the fullest memory
-    preflight(config, config.least_world_size)
-    if config.least_world_size < config.world_size:
-        preflight(config, config.world_size)
+    if program == "train":
+        # the fewest ranks are those with the fullest memory
+        preflight(config, config.least_world_size)
+        if config.least_world_size < config.world_size:
+            preflight(config, config.world_size)
     folder = RunFolder(config.run_dir)
+    if program == "doctor":
+        folder.check(config, needed_bytes=0)
     # left by a run that ended while it was asked to stop
     folder.stop_file.unlink(missing_ok=True)
     save(config, folder.launch_file)

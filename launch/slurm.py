@@ -16,6 +16,7 @@ from hstu_dist.run_folder import RunFolder
 from launch.hosts import tail
 from launch.node import NodeArguments
 from launch.run_files import call, checked_folder, find_program, progress, read_job, write_job
+from launch.spec import Program
 
 _BODY = r"""
 cd {here} || exit 1
@@ -52,7 +53,7 @@ exit "$code"
 """
 
 
-def script(config: RunConfig) -> str:
+def script(config: RunConfig, program: Program = "train") -> str:
     """The batch script of a run."""
     cluster = _cluster(config)
     folder = RunFolder(config.run_dir.absolute())
@@ -62,7 +63,7 @@ def script(config: RunConfig) -> str:
         setup="".join(f"{line}\n" for line in cluster.setup),
         # jobs that share a node must not share a port
         port=cluster.port or "$((20000 + SLURM_JOB_ID % 10000))",
-        srun=_srun(cluster, folder),
+        srun=_srun(cluster, folder, program),
         stopped=int(ExitCode.STOPPED),
     )
     lines = [f"#SBATCH {option}" for option in _options(config, folder)]
@@ -96,7 +97,7 @@ def _options(config: RunConfig, folder: RunFolder) -> Iterator[str]:
     yield from cluster.sbatch
 
 
-def _srun(cluster: SlurmConfig, folder: RunFolder) -> str:
+def _srun(cluster: SlurmConfig, folder: RunFolder, program: Program) -> str:
     """Options of the step and the command of a node; the shell fills in address, port and job number."""
     arguments = NodeArguments(
         config_file=folder.launch_file,
@@ -104,6 +105,7 @@ def _srun(cluster: SlurmConfig, folder: RunFolder) -> str:
         run_id="RUN_ID",
         node="SLURM_NODEID",
         logs=folder.logs,
+        program=program,
     )
     # an elastic job outlives a node and the tasks on it
     elastic = cluster.least_nodes < cluster.nodes
@@ -119,12 +121,12 @@ def _srun(cluster: SlurmConfig, folder: RunFolder) -> str:
     return " ".join([*ending, *cpus, filled, ""])
 
 
-def preview(config: RunConfig) -> str:
+def preview(config: RunConfig, program: Program = "train") -> str:
     """The batch script that `start` would submit."""
-    return script(config)
+    return script(config, program)
 
 
-def start(config: RunConfig) -> int:
+def start(config: RunConfig, program: Program = "train") -> int:
     """Submits the job, unless one of this run is still in the queue; returns the exit code."""
     folder = RunFolder(config.run_dir)
     job = read_job(folder)
@@ -135,10 +137,10 @@ def start(config: RunConfig) -> int:
         )
     # before anything is written
     find_program("sbatch")
-    folder = checked_folder(config)
+    folder = checked_folder(config, program)
     folder.logs.mkdir(exist_ok=True)
     file = folder.path / "slurm.sh"
-    write_atomically(file, script(config).encode())
+    write_atomically(file, script(config, program).encode())
     # a cluster's name follows the number after a semicolon
     job = call(["sbatch", "--parsable", str(file)]).strip().split(";")[0]
     write_job(folder, job)

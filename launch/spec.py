@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from hstu_dist.config import RunConfig
 from hstu_dist.machine import cores_per_rank
 from hstu_dist.run_folder import RunFolder
+
+Program = Literal["train", "doctor"]
+"""What the ranks run: the training, or in its place the report on what lies between them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,7 @@ class LaunchSpec:
         stop_seconds: how long ranks that were asked to stop may take to save a checkpoint.
         meeting: the other machines; None: this one is alone.
         logs: folder for the output of every rank; None: the terminal only.
+        program: what every rank runs.
     """
 
     config_file: Path
@@ -56,6 +61,7 @@ class LaunchSpec:
     stop_seconds: int = 120
     meeting: Meeting | None = None
     logs: Path | None = None
+    program: Program = "train"
 
     @classmethod
     def of(
@@ -64,6 +70,7 @@ class LaunchSpec:
         config_file: Path | None = None,
         meeting: Meeting | None = None,
         logs: Path | None = None,
+        program: Program = "train",
     ) -> LaunchSpec:
         """The launch of a run on this machine; by default from the run folder, without others and logs."""
         return cls(
@@ -73,4 +80,5 @@ class LaunchSpec:
             max_restarts=config.cluster.max_restarts,
             meeting=meeting,
             logs=logs,
+            program=program,
         )

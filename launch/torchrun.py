@@ -27,7 +27,7 @@ def agent_command(spec: LaunchSpec) -> list[str]:
         *meeting,
         f"--shutdown-timeout={spec.stop_seconds}",
         *logs,
-        *("-m", "hstu_dist", "train", "--config", str(spec.config_file)),
+        *("-m", "hstu_dist", spec.program, "--config", str(spec.config_file)),
     ]
 
 

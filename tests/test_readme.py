@@ -17,6 +17,7 @@ from hstu_dist.report.pages import Checkout, embed, everything, summary
 from tests.docs import reference
 from tests.docs.commands import check
 from tests.docs.pages import DOCS, PAGES, ROOT, broken, code_words, commands, links, missing_files
+from tests.test_layering import LEVEL
 
 README = (ROOT / "README.md").read_text()
 FROM_PAGES = {tuple(words) for page in PAGES for words in commands(page.read_text())}
@@ -69,7 +70,19 @@ def test_files_and_commands_named_in_running_text_exist(page: Path) -> None:
 def test_every_page_is_reached_from_the_index() -> None:
     index = DOCS / "README.md"
     reached = {(DOCS / link.partition("#")[0]).resolve() for link in links(index)}
-    assert not [page.name for page in DOCS.glob("*.md") if page != index and page not in reached]
+    assert not [page.name for page in DOCS.glob("*.md") if page != index and page not in reached], (
+        "name them in docs/README.md"
+    )
+
+
+def test_the_tour_names_every_room_in_the_order_of_imports() -> None:
+    tour = re.search(r"^    errors → .*?\n\n", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert tour
+    # explanations stand behind two blanks or more
+    names = [re.split(r"\s{2,}", line.strip())[0] for line in tour[0].splitlines()]
+    rooms = re.findall(r"\w+", " ".join(names))
+    assert set(rooms) == set(LEVEL) and len(rooms) == len(LEVEL)
+    assert [LEVEL[room] for room in rooms] == sorted(LEVEL[room] for room in rooms)
 
 
 def test_the_reference_is_what_the_classes_say() -> None:

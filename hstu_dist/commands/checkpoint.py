@@ -19,6 +19,9 @@ _BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16, "I16
 TABLE = "table."
 """What names of the item table's tensors begin with."""
 
+VOCABULARY = "table_vocabulary."
+"""What names of the tensors of vocabularies begin with."""
+
 TOWER = "tower."
 """What names of the tower's tensors begin with."""
 
@@ -45,6 +48,9 @@ def inspect(path: Path, say: Callable[[str], None]) -> None:
     for name, table in state.get("tables", {}).items():
         optimizer = ", ".join(f"{key} {value}" for key, value in table["optimizer"].items() if value is not None)
         say(f"table {name}: {table['rows']:,} rows x {table['width']}, {table['dtype']}; optimizer: {optimizer}")
+        if "vocabulary" in table:
+            named = ", ".join(f"{key} {value}" for key, value in table["vocabulary"].items() if value is not None)
+            say(f"table {name}: vocabulary: {named}")
     rows = [("tensor", "dtype", "shape", "parts", "bytes")]
     for name, record in sorted(manifest.tensors.items()):
         count = prod(record.shape) * _BITS[record.dtype] // 8
@@ -79,9 +85,11 @@ def verify(path: Path, say: Callable[[str], None]) -> None:
 def export(path: Path, output: Path, say: Callable[[str], None]) -> None:
     """Writes table and tower of a checkpoint as one safetensors file; all of it passes through memory.
 
-    `item_table.weight` has a row for each item, in the order of the prepared data's items; further tables are
-    `<name>_table.weight`, and the tower's tensors keep their names, after `tower.`. A moving average of the weights,
-    where the run has one, takes their place. State of optimizers stays behind.
+    `item_table.weight` has a row for each item, in the order of the prepared data's items; where items have rows by a
+    vocabulary that grows, `item_table.ids` has the item of each row, an integer or the hash of a text, if
+    `item_table.occupied` is 1 there. Further tables are `<name>_table.weight`, and the tower's tensors keep their
+    names, after `tower.`. A moving average of the weights, where the run has one, takes their place. State of
+    optimizers stays behind.
 
     Args:
         path: a checkpoint, or a run, of which the newest one is meant.
@@ -92,8 +100,11 @@ def export(path: Path, output: Path, say: Callable[[str], None]) -> None:
         UserError: the checkpoint is missing or damaged, its run is not around it, or the output cannot be written.
     """
     # torch takes seconds to import
+    import torch
+
     from hstu_dist.checkpoint.offline import read_whole
     from hstu_dist.checkpoint.safetensors_file import write_safetensors
+    from hstu_dist.distributed.zch import EMPTY, ids_of
 
     folder = find(path)[-1]
     manifest = read_manifest(folder)
@@ -103,6 +114,12 @@ def export(path: Path, output: Path, say: Callable[[str], None]) -> None:
     # older checkpoints do not say, and have an item table only
     widths = {name: table["width"] for name, table in tables.items()} if tables else {ITEM: _model_width(folder)}
     weights = {}
+    for name, record in manifest.tensors.items():
+        if name.startswith(VOCABULARY) and name.endswith(".keys"):
+            table = name.removeprefix(VOCABULARY).partition(".")[0]
+            keys = read_whole(folder, record)
+            weights[f"{table}_table.occupied"] = (keys != EMPTY).to(torch.uint8)
+            weights[f"{table}_table.ids"] = ids_of(keys)
     for name, record in weight_records(manifest).items():
         if name.startswith(TABLE):
             table = table_of(name)

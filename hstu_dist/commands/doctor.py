@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 from hstu_dist.config import RunConfig
@@ -60,22 +61,27 @@ def examine(config: RunConfig, options: DoctorOptions, say: Callable[[str], None
 
 
 def _findings(config: RunConfig, options: DoctorOptions, under_torchrun: bool, main: bool) -> Iterator[Finding]:
-    if main and not (under_torchrun and options.ranks == 0):
-        yield from in_turn(package_checks())
-        yield from in_turn(machine_checks(config))
+    unseen = []
+    # one rank a machine looks at it
+    if os.environ.get("LOCAL_RANK", "0") == "0" and not (under_torchrun and options.ranks == 0):
+        for finding in chain(in_turn(package_checks()), in_turn(machine_checks(config))):
+            if main:
+                yield finding
+            else:
+                unseen.append(finding)
     if under_torchrun:
-        yield from _among_ranks(config)
+        yield from _among_ranks(config, unseen)
     elif options.ranks:
         yield from _local_ranks(options)
 
 
-def _among_ranks(config: RunConfig) -> Iterator[Finding]:
+def _among_ranks(config: RunConfig, unseen: Sequence[Finding]) -> Iterator[Finding]:
     # torch only here: where it is broken, the lines above have said so
     from hstu_dist.distributed.process_group import process_group
     from hstu_dist.doctor.ranks import rank_checks
 
     with process_group(config.trainer.device, config.trainer.timeout_seconds) as world:
-        yield from in_turn(rank_checks(world, Path(config.output)))
+        yield from in_turn(rank_checks(world, Path(config.output), unseen))
 
 
 def _local_ranks(options: DoctorOptions) -> Iterator[Finding]:

@@ -26,6 +26,7 @@ from hstu_dist.train.state import TrainState
 from hstu_dist.train.step import TrainStep
 from hstu_dist.train.throughput import job_peak_flops
 from hstu_dist.train.trainer import Hook, Loader, Trainer
+from hstu_dist.train.vocabulary_log import VocabularyHook
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ class Run:
                     HeartbeatHook(),
                     GuardHook(config.trainer.guard, self.folder.replay, checkpoint.on_stop),
                     LogHook(config.trainer.logging, log, session.training_flops),
+                    *_vocabulary_hooks(session, log),
                     *([] if session.average is None else [AverageHook(session.average)]),
                     *_replica_hooks(session),
                     StragglerHook(config.trainer.logging.every_steps, config.trainer.guard.slow_ratio, log),
@@ -160,6 +162,12 @@ def _replica_hooks(session: ModelSession) -> Iterator[Hook]:
     settings = session.config.embedding
     if settings.replicas > 1:
         yield AverageReplicasHook(settings.sync_steps, session.average_replicas)
+
+
+def _vocabulary_hooks(session: ModelSession, log: MetricsLog | None) -> Iterator[Hook]:
+    tables = session.recommender.tables
+    if tables.vocabularies:
+        yield VocabularyHook(session.config.trainer.logging.every_steps, tables, log)
 
 
 def _draw_profile(folder: RunFolder) -> None:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from hstu_dist.commands.checkpoint import VOCABULARY
 from hstu_dist.config import RunConfig
 from hstu_dist.data.balance import CostLaw
 from hstu_dist.data.config import BatchingConfig, LoaderConfig
@@ -14,6 +15,7 @@ from hstu_dist.data.dataset import SequenceDataset
 from hstu_dist.data.loader import BatchLoader, Shard, popularity
 from hstu_dist.data.split import Moments, Split
 from hstu_dist.data.time_split import first_events, moments_of
+from hstu_dist.distributed.config import ITEM
 from hstu_dist.distributed.parallel import DenseSettings
 from hstu_dist.distributed.planner import build_tables
 from hstu_dist.distributed.process_group import World
@@ -63,7 +65,7 @@ class ModelSession:
     @property
     def num_items(self) -> int:
         """Rows of the item table."""
-        return int(self.retriever.num_items)
+        return self.recommender.tables.specs[ITEM].shape.num_rows
 
     @property
     def retriever(self) -> Recommender:
@@ -87,7 +89,9 @@ class ModelSession:
 
     def average_replicas(self) -> None:
         """Makes all sets of tables, their state and their averages alike, where groups of ranks hold one each."""
-        self.recommender.tables.group.average(self.tensors())
+        # vocabularies are one for all
+        held = {name: value for name, value in self.tensors().items() if not name.startswith(VOCABULARY)}
+        self.recommender.tables.group.average(held)
 
     def saved_tensors(self) -> dict[str, Any]:
         """As `tensors`, after `average_replicas`: what a checkpoint is made of."""
@@ -102,7 +106,8 @@ class ModelSession:
         flat |= {f"optimizer.{name}": value for name, value in self.optimizers.state_tensors().items()}
         table_state = self.recommender.tables.optimizer.state_tensors()
         flat |= {f"table_optimizer.{name}": value for name, value in table_state.items()}
-        return flat
+        vocabularies = self.recommender.tables.vocabulary_tensors()
+        return flat | {f"{VOCABULARY}{name}": value for name, value in vocabularies.items()}
 
 
 @dataclass(frozen=True)
@@ -119,8 +124,8 @@ class Session(ModelSession):
 
     @property
     def num_items(self) -> int:
-        """Items of the data set, a row of the item table each."""
-        return self.dataset.num_items
+        """Rows of the item table: one for each item of the data set, unless a vocabulary has a number of its own."""
+        return self.config.embedding.vocabulary.rows or self.dataset.num_items
 
     @classmethod
     def build(cls, config: RunConfig, world: World) -> Self:

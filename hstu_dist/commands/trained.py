@@ -73,7 +73,14 @@ def run_of(run: Path | None, overrides: Sequence[str]) -> tuple[RunConfig, RunFo
     if not folder.config_file.exists():
         raise UserError(f"run {run}: got no {folder.config_file.name}", "train it first, or name another folder")
     # what it was trained with, not what the same command would mean today
-    return load(folder.config_file), folder
+    config = load(folder.config_file)
+    kind = config.embedding.vocabulary.kind
+    if kind != "static":
+        raise UserError(
+            f"run {run}: its items have rows by embedding.vocabulary.kind={kind}, which this command cannot follow",
+            "export rows and ids with `python -m hstu_dist checkpoint export`, or train with kind=static",
+        )
+    return config, folder
 
 
 def read_weights(folder: RunFolder, width: int) -> Weights:

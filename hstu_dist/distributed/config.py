@@ -71,6 +71,73 @@ class TableOptimizerConfig:
         return {"sgd": 0, "rowwise_adagrad": 1, "adamw": 2 * width, "rowwise_adamw": width + 1}[self.kind]
 
 
+_ZCH_DEFAULTS: dict[str, Any] = {"eviction": "distance_lfu", "eviction_interval": 10, "buckets": 16}
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class VocabularyConfig:
+    """How ids become rows of a table; see docs/embedding.md.
+
+    Null stands for the kind's default, and for settings that the kind does not have.
+
+    Attributes:
+        kind: static: ids are row numbers; hash: any id, hashed to a row that it shares with others; zch: any id, which
+            gets a row of its own as long as it is met often or lately enough (zero-collision hashing, TorchRec's
+            managed collision), and until then shares one with other ids that have none.
+        rows: of the table; null: as many as the data names.
+        eviction: whose rows new ids get (zch): lfu, of the id met least often; lru, of the one not met for the longest
+            time; distance_lfu, of the one with the least look-ups per step of that time; distance_lfu.
+        decay_exponent: power of that time (zch with distance_lfu); 1.
+        eviction_interval: training steps between two changes of the vocabulary, for which new ids wait (zch); 10.
+        buckets: parts that ids and rows are split into, an upper limit of the ranks that share the work (zch); 16.
+    """
+
+    kind: Literal["static", "hash", "zch"] = "static"
+    rows: int | None = Field(default=None, gt=0)
+    eviction: Literal["lfu", "lru", "distance_lfu"] | None = None
+    decay_exponent: float | None = Field(default=None, gt=0)
+    eviction_interval: int | None = Field(default=None, gt=0)
+    buckets: int | None = Field(default=None, gt=0)
+
+    def __post_init__(self) -> None:
+        known = {**_ZCH_DEFAULTS, "decay_exponent": None} if self.kind == "zch" else {}
+        if (self.eviction or known.get("eviction")) == "distance_lfu":
+            known["decay_exponent"] = 1.0
+        for name in ("eviction", "decay_exponent", "eviction_interval", "buckets"):
+            value = getattr(self, name)
+            if value is None:
+                # a run's saved settings must not change their meaning with the defaults of a later version
+                object.__setattr__(self, name, known.get(name))
+            elif known.get(name) is None:
+                owner = self.eviction if name == "decay_exponent" and self.kind == "zch" else self.kind
+                raise ValueError(f"vocabulary.{name}: got {value}, expected null: {owner} has no {name}")
+        if self.kind == "static" and self.rows is not None:
+            raise ValueError(f"vocabulary.rows: got {self.rows}, expected null: static rows follow from the data")
+        if self.kind == "zch" and self.rows is not None:
+            self.check_rows(self.rows)
+
+    def check_rows(self, rows: int) -> None:
+        """Whether a table has rows enough for every bucket.
+
+        Raises:
+            ValueError: it has not.
+        """
+        if self.buckets is not None and rows < 2 * self.buckets:
+            raise ValueError(
+                f"vocabulary.buckets: got {self.buckets}, expected at most half of the table's {rows} rows: "
+                "each has one that ids without a row share"
+            )
+
+    @property
+    def bytes_per_row(self) -> int:
+        """Memory for ids and what eviction goes by, index included, over all ranks."""
+        if self.kind != "zch":
+            return 0
+        remembered = 2 if self.eviction == "distance_lfu" else 1
+        waiting = 3 if self.eviction_interval != 1 else 0
+        return 8 * (1 + remembered + waiting + 2)
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TableConfig:
     """One table: where its rows live, what they are stored as and how they begin.
@@ -87,6 +154,7 @@ class TableConfig:
             that they do not vanish. bf16 needs CUDA.
         initialiser: truncated_normal (cut at two standard deviations before scaling) or uniform.
         init_std: standard deviation of the initialisation.
+        vocabulary: how ids become rows.
     """
 
     sharding: Literal["row_wise", "table_wise", "column_wise", "data_parallel", "planner"] = "row_wise"
@@ -95,8 +163,14 @@ class TableConfig:
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     initialiser: Literal["truncated_normal", "uniform"] = "truncated_normal"
     init_std: float = Field(default=0.02, gt=0)
+    vocabulary: VocabularyConfig = Field(default_factory=VocabularyConfig)
 
     def __post_init__(self) -> None:
+        if self.vocabulary.kind == "zch" and self.compute_kernel in ("fused_uvm_caching", "key_value"):
+            raise ValueError(
+                f"compute_kernel: got {self.compute_kernel}, expected fused or fused_uvm with vocabulary.kind=zch: "
+                "rows of evicted ids are reset in place, not behind a cache"
+            )
         caches = self.compute_kernel == "fused_uvm_caching"
         if caches and self.cache_load_factor is None:
             object.__setattr__(self, "cache_load_factor", _CACHE_LOAD_FACTOR)
@@ -187,16 +261,19 @@ class EmbeddingConfig(TableConfig):
                 settings of its own is small: every rank holds a copy.
 
         Raises:
-            ValueError: a table is to have fewer rows than there are ids.
+            ValueError: a table is to have fewer rows than there are ids, or than its vocabulary needs.
         """
         found = {}
         for name, shape in needed.items():
-            if name == ITEM:
-                found[name] = TableSpec(shape, self, self.optimizer)
+            config = self if name == ITEM else self.tables.get(name, FurtherTableConfig())
+            rows = config.vocabulary.rows or shape.num_rows
+            if shape != _ANY:
+                config.vocabulary.check_rows(rows)
+            if not isinstance(config, FurtherTableConfig):
+                found[name] = TableSpec(TableShape(rows, shape.width), self, self.optimizer)
                 continue
-            config = self.tables.get(name, FurtherTableConfig())
-            rows, width = config.rows or shape.num_rows, config.width or shape.width
-            if rows < shape.num_rows:
+            rows, width = config.rows or rows, config.width or shape.width
+            if rows < shape.num_rows and config.vocabulary.kind == "static":
                 raise ValueError(f"tables.{name}.rows: got {rows}, expected at least {shape.num_rows} for its ids")
             found[name] = TableSpec(TableShape(rows, width), config, config.optimizer or self.optimizer)
         return found
@@ -232,7 +309,9 @@ class TableSpec:
     def describe(self) -> dict[str, Any]:
         """What a checkpoint of the table depends on, as plain values."""
         shape = {"rows": self.shape.num_rows, "width": self.shape.width, "dtype": self.config.dtype}
-        return {**shape, "optimizer": asdict(self.optimizer)}
+        vocabulary = self.config.vocabulary
+        named = {} if vocabulary.kind == "static" else {"vocabulary": asdict(vocabulary)}
+        return {**shape, **named, "optimizer": asdict(self.optimizer)}
 
     def weight_bytes(self, rows: int, columns: int) -> int:
         """Bytes of a part of the table."""

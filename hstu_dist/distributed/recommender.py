@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from hstu_dist.batch import JaggedBatch
+from hstu_dist.distributed.config import ITEM
 from hstu_dist.distributed.parallel import DenseSettings
 from hstu_dist.distributed.shared_model import SharedModel
 from hstu_dist.distributed.tables import EmbeddingTables
@@ -25,6 +28,33 @@ class Recommender(SharedModel):
         torch.manual_seed(seed)
         super().__init__(tables, Tower(model, device), dense)
         self.max_length = model.max_length
+
+    def in_rows(self, batch: JaggedBatch, admit: bool = False) -> tuple[JaggedBatch, Tensor]:
+        """A batch whose items are rows of the item table, as all other methods want it.
+
+        Args:
+            batch: as the data has it.
+            admit: whether it is trained on: only then new ids can get rows.
+
+        Returns:
+            The batch, and [T] bool, whether each target has a row of its own.
+        """
+        rows, known = self.rows_of(torch.cat([batch.item_ids, batch.target_ids]), admit)
+        items, targets = rows.tensor_split([batch.num_tokens])
+        return replace(batch, item_ids=items, target_ids=targets), known[batch.num_tokens :]
+
+    def rows_of(self, ids_N: Tensor, admit: bool = False) -> tuple[Tensor, Tensor]:
+        """Rows [N] of the item table for items [N] as the data has them, and [N] bool, whether it is theirs alone."""
+        vocabulary = self.tables.vocabularies.get(ITEM)
+        if vocabulary is None:
+            return ids_N, torch.ones_like(ids_N, dtype=torch.bool)
+        found = vocabulary.find(ids_N, admit)
+        return found.rows, found.known
+
+    def listed(self) -> Tensor | None:
+        """[num_items] bool, rows that stand for an item; None: all may."""
+        vocabulary = self.tables.vocabularies.get(ITEM)
+        return None if vocabulary is None else vocabulary.occupied()
 
     def encode(self, items_TD: Tensor, batch: JaggedBatch, noise_key: int) -> Tensor:
         """Unit vectors [T, D] that score the item after each event; the backward averages over ranks.

@@ -70,7 +70,7 @@ class EmbeddingPlan:
     tables: dict[str, TablePlan]
 
     def bytes_per_rank(self, specs: Mapping[str, TableSpec]) -> list[int]:
-        """Weights and optimizer state that each rank holds, in whatever memory.
+        """Weights, optimizer state and vocabulary that each rank holds, in whatever memory.
 
         Args:
             specs: the tables that were planned.
@@ -80,6 +80,8 @@ class EmbeddingPlan:
             for shard in plan.shards:
                 spec, part = specs[name], (shard.rows, shard.columns)
                 held[shard.rank] += spec.weight_bytes(*part) + spec.state_bytes(*part)
+            vocabulary = plan.rows * specs[name].config.vocabulary.bytes_per_row
+            held = [size + vocabulary // self.world_size for size in held]
         return held
 
     def save(self, path: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,15 +18,13 @@ from hstu_dist.distributed.table_kernel import rounding_key
 from hstu_dist.distributed.table_optimizer import TableOptimizer, row_update
 from hstu_dist.distributed.table_plan import EmbeddingPlan
 from hstu_dist.distributed.torchrec_tables import sharded_tables
+from hstu_dist.distributed.vocabulary import RowVocabulary, vocabulary_of
 from hstu_dist.errors import UserError
 from hstu_dist.ops.random import TokenNoise, fold
 
 _INIT_ELEMENTS = 1 << 16
 """Filled at a time: few enough for the passes of a draw to stay in cache, which makes them five times as fast."""
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-IdMapping = Callable[[Tensor], Tensor]
-"""Rows [N] int64 of ids [N] int64; all ranks call it together, each with its own ids."""
 
 
 class EmbeddingTables(nn.Module):
@@ -40,8 +39,8 @@ class EmbeddingTables(nn.Module):
         plan: who holds them.
         optimizer: of all tables.
         group: the ranks that the plan is made for: all, or one of several groups that each hold all tables.
-        id_mappings: what turns the ids of a table into its rows, by table; ids of other tables are row numbers. A
-            vocabulary that grows, or a hash, goes here.
+        vocabularies: what turns ids into the rows that are looked up here, by table; ids of other tables are row
+            numbers.
     """
 
     def __init__(self, specs: Mapping[str, TableSpec], plan: EmbeddingPlan, device: torch.device, seed: int) -> None:
@@ -54,7 +53,6 @@ class EmbeddingTables(nn.Module):
         check_device(specs, device)
         self.specs = dict(specs)
         self.plan = plan
-        self.id_mappings: dict[str, IdMapping] = {}
         copies = [name for name in specs if _is_whole(plan, name, device)]
         self.group = table_group(plan.world_size, device)
         shared = {name: spec for name, spec in specs.items() if name not in copies}
@@ -62,20 +60,24 @@ class EmbeddingTables(nn.Module):
         self.replicated = nn.ModuleDict({name: _replicate(name, specs[name], device, seed) for name in copies})
         fused = None if self.sharded is None else self.sharded.fused_optimizer
         self.optimizer = TableOptimizer(specs, fused, dict(self._copies()))
+        self._seed = seed
         self._initialise(seed)
+        self.vocabularies: dict[str, RowVocabulary] = {}
+        for name, spec in specs.items():
+            vocabulary = vocabulary_of(spec, device, partial(self._reset, name))
+            if vocabulary is not None:
+                self.vocabularies[name] = vocabulary
 
-    def forward(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rows [N, width] in fp32 of each table that is named.
 
         Args:
-            ids: by table, [N] int64.
+            rows: their numbers by table, [N] int64.
         """
-        rows = {name: mapping(ids[name]) for name, mapping in self.id_mappings.items() if name in ids}
-        rows = {**ids, **rows}
         found = {name: table(rows[name]) for name, table in self._copies() if name in rows}
         if self.sharded is not None:
             found |= self.sharded(rows)
-        return {name: found[name][:, : self.specs[name].shape.width] for name in ids}
+        return {name: found[name][:, : self.specs[name].shape.width] for name in rows}
 
     def weights(self) -> dict[str, Any]:
         """Weights by `collection.embeddings.<table>.weight`: ShardedTensors, and of copies plain tensors."""
@@ -83,6 +85,33 @@ class EmbeddingTables(nn.Module):
         if self.sharded is not None:
             found = {_weight_name(name.split(".")[-2]): value for name, value in self.sharded.state_dict().items()}
         return found | {_weight_name(name): table.rows.weight for name, table in self._copies()}
+
+    def vocabulary_tensors(self) -> dict[str, Any]:
+        """State of all vocabularies, `<table>.<name>` → plain or sharded tensor."""
+        return {
+            f"{table}.{name}": value
+            for table, vocabulary in self.vocabularies.items()
+            for name, value in vocabulary.state_tensors().items()
+        }
+
+    @torch.no_grad()
+    def _reset(self, table: str, rows: Tensor) -> None:
+        """Makes rows of a table, and their optimizer's state, what they were before the first step.
+
+        Args:
+            table: its name.
+            rows: [N] int64, the same on every rank.
+        """
+        spec, weight = self.specs[table], _weight_name(table)
+        for name, value in {**self.weights(), **self.optimizer.state_tensors()}.items():
+            if name != weight and not name.startswith(f"{weight}."):
+                continue
+            for part, offsets in _parts(value):
+                mine = rows[(rows >= offsets[0]) & (rows < offsets[0] + part.shape[0])]
+                if name == weight:
+                    part[mine - offsets[0]] = _initial(mine, (offsets[1], part.shape[1]), spec, _key(table, self._seed))
+                else:
+                    part[mine - offsets[0]] = 0
 
     def _copies(self) -> list[tuple[str, ReplicatedTable]]:
         return [(name, table) for name, table in self.replicated.items() if isinstance(table, ReplicatedTable)]
@@ -141,7 +170,22 @@ def _fill(part: Tensor, first: tuple[int, int], spec: TableSpec, key: int) -> No
     chunk = max(1, _INIT_ELEMENTS // part.shape[1])
     for start in range(0, part.shape[0], chunk):
         rows = part[start : start + chunk]
-        ids = torch.arange(row + start, row + start + rows.shape[0], device=rows.device)
-        noise, count = TokenNoise(key, ids), column + part.shape[1]
-        drawn = noise.truncated_normal(count) if spec.config.initialiser == "truncated_normal" else noise.uniform(count)
-        rows.copy_(drawn[:, column:].mul_(spec.config.init_std))
+        numbers = torch.arange(row + start, row + start + rows.shape[0], device=rows.device)
+        rows.copy_(_initial(numbers, (column, part.shape[1]), spec, key))
+
+
+def _initial(rows: Tensor, columns: tuple[int, int], spec: TableSpec, key: int) -> Tensor:
+    """Initial values [N, count] fp32 of rows [N] of a table, in the columns (first, count)."""
+    first, count = columns
+    noise = TokenNoise(key, rows)
+    last = first + count
+    drawn = noise.truncated_normal(last) if spec.config.initialiser == "truncated_normal" else noise.uniform(last)
+    return drawn[:, first:].mul_(spec.config.init_std)
+
+
+def _parts(value: Any) -> Iterator[tuple[Tensor, list[int]]]:
+    """What this rank holds of a tensor, and where in the whole it begins."""
+    if isinstance(value, ShardedTensor):
+        yield from ((shard.tensor, shard.metadata.shard_offsets) for shard in value.local_shards())
+    else:
+        yield value, [0] * value.dim()

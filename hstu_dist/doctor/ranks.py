@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from hstu_dist.distributed.agreement import check_machines_agree
 from hstu_dist.distributed.process_group import World
-from hstu_dist.doctor.finding import Finding, fail, ok, warn
+from hstu_dist.doctor.finding import Finding, Status, fail, ok, warn
 
 _BYTES = 16 << 20
 _ROUNDS = 5
@@ -23,10 +23,18 @@ _LARGEST_SKEW_SECONDS = 6.0
 """Agents take a machine for lost whose last sign of life is older by their own clock."""
 
 
-def rank_checks(world: World, folder: Path) -> dict[str, Callable[[], Finding]]:
-    """All of them by name; every rank calls each in the same order."""
+def rank_checks(world: World, folder: Path, own: Sequence[Finding] = ()) -> dict[str, Callable[[], Finding]]:
+    """All of them by name; every rank calls each in the same order.
+
+    Args:
+        world: this rank among the others.
+        folder: of all runs.
+        own: what was found on this machine, of one rank a machine; empty on the others and where it has been shown.
+    """
+    others = {"other machines": lambda: _others(own)} if world.size > world.local_size else {}
     return {
         "ranks": lambda: _ranks(world),
+        **others,
         "machines agree": lambda: _agree(world, folder),
         "all-reduce": lambda: _all_reduce(world),
         "all-to-all": lambda: _all_to_all(world),
@@ -39,6 +47,23 @@ def _ranks(world: World) -> Finding:
     dist.all_gather_object(hosts, socket.gethostname())
     backend = dist.get_backend()
     return ok("ranks", f"{world.size} over {backend} on {', '.join(dict.fromkeys(hosts))}")
+
+
+def _others(own: Sequence[Finding]) -> Finding:
+    """What is amiss on machines whose report nobody sees, as bad as the worst of it."""
+    everyone: list[list[tuple[str, Finding]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, [(socket.gethostname(), finding) for finding in own])
+    found = [pair for one in everyone for pair in one]
+    amiss = [(host, finding) for host, finding in found if finding.status is not Status.OK]
+    if not amiss:
+        hosts = ", ".join(dict.fromkeys(host for host, _ in found))
+        return ok("other machines", f"packages, memory and folders of {hosts} are in order")
+    failed = any(finding.status is Status.FAIL for _, finding in amiss)
+    return (fail if failed else warn)(
+        "other machines",
+        "; ".join(f"{host}: {finding.name}: {finding.found}" for host, finding in amiss),
+        "; ".join(dict.fromkeys(finding.remedy for _, finding in amiss)),
+    )
 
 
 def _agree(world: World, folder: Path) -> Finding:

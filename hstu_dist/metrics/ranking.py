@@ -16,7 +16,13 @@ RankMetric = Callable[[Tensor], Tensor]
 """Values [B] float64 of exact ranks [B] int64 >= 1, to be averaged."""
 
 
-def ranks_of_targets(users_BD: Tensor, items_VD: Tensor, target: Tensor, history: tuple[Tensor, Tensor]) -> Tensor:
+def ranks_of_targets(
+    users_BD: Tensor,
+    items_VD: Tensor,
+    target: Tensor,
+    history: tuple[Tensor, Tensor],
+    listed_V: Tensor | None = None,
+) -> Tensor:
     """Rank of each user's target among all items, the user's own history left out.
 
     Items of equal score are ordered by id, smaller ids first, so that the rank does not depend on how a sort treats
@@ -29,6 +35,7 @@ def ranks_of_targets(users_BD: Tensor, items_VD: Tensor, target: Tensor, history
         target: [B] int64 item ids.
         history: item ids [T] int64 of all users and their offsets [B+1] int64; what a user did before the first of
             them stays in the ranking.
+        listed_V: [V] bool, items that take part, the targets among them; None: all.
 
     Returns:
         [B] int64, 1 for the best; V + 1 where the target's score is no number.
@@ -41,6 +48,8 @@ def ranks_of_targets(users_BD: Tensor, items_VD: Tensor, target: Tensor, history
     for start in range(0, target.numel(), rows):
         part = slice(start, start + rows)
         scores = users_BD[part] @ items_VD.T
+        if listed_V is not None:
+            scores.masked_fill_(~listed_V, -torch.inf)
         wanted = target[part, None]
         score = scores.gather(1, wanted)
         first, last = int(offsets[start]), int(offsets[min(start + rows, target.numel())])

@@ -32,13 +32,28 @@ def _signed32(word: int) -> int:
     return word - (1 << 32) if word >> 31 else word
 
 
-def _mix64(x: Tensor) -> Tensor:
-    """splitmix64's finaliser; int64 products wrap as wanted, shifts are made logical by a mask."""
+_MULTIPLIERS_64 = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+
+
+def mix64(x: Tensor) -> Tensor:
+    """splitmix64's finaliser, a bijection; int64 products wrap as wanted, shifts are made logical by a mask."""
     x = x ^ ((x >> 30) & ((1 << 34) - 1))
-    x = x * (0xBF58476D1CE4E5B9 - (1 << 64))
+    x = x * (_MULTIPLIERS_64[0] - (1 << 64))
     x = x ^ ((x >> 27) & ((1 << 37) - 1))
-    x = x * (0x94D049BB133111EB - (1 << 64))
+    x = x * (_MULTIPLIERS_64[1] - (1 << 64))
     return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def unmix64(x: Tensor) -> Tensor:
+    """What `mix64` made `x` of."""
+    for shift, multiplier in ((31, _MULTIPLIERS_64[1]), (27, _MULTIPLIERS_64[0]), (30, 1)):
+        # x ^ (x >> shift) is undone by shifting on until nothing is left
+        y = x
+        for _ in range(64 // shift):
+            y = x ^ ((y >> shift) & ((1 << (64 - shift)) - 1))
+        inverse = pow(multiplier, -1, 1 << 64)
+        x = y * (inverse - (1 << 64) if inverse >> 63 else inverse)
+    return x
 
 
 def _mix32_(x: Tensor, salt: Tensor) -> Tensor:
@@ -70,7 +85,7 @@ class TokenNoise:
 
     def words(self, count: int) -> Tensor:
         """[T, count] int32, all 2^32 values equally likely."""
-        rows = _mix64(self.tokens + self.key)
+        rows = mix64(self.tokens + self.key)
         # all 64 bits: of 2^24 table rows, 2^15 pairs would agree in 32 bits and start out equal
         low, high = rows.to(torch.int32), (rows >> 32).to(torch.int32)
         steps = torch.arange(1, count + 1, device=self.tokens.device).mul_(_GOLDEN_32).to(torch.int32)

@@ -33,18 +33,23 @@ def ratios_table(results: Results) -> str:
 
 
 def digest_table(entries: Sequence[tuple[str, Mapping[str, float], Results]]) -> str:
-    """Markdown table with a line per result file: what is worth quoting, how many targets it met, which it missed.
+    """Markdown table with a line per result file: what is worth quoting, how many targets it met, the worst miss.
 
     Args:
         entries: (title, headline → value of a ratio, results).
     """
-    lines = [_line("measured", "of note", "targets met", "missed", "on"), _line("---", "---", "---:", "---", "---")]
+    lines = [
+        _line("measured", "of note", "targets met", "farthest missed", "on"),
+        _line("---", "---", "---:", "---", "---"),
+    ]
     for title, headlines, results in entries:
         held = [ratio for ratio in results.ratios if ratio.target is not None]
-        missed = [r for r in held if not r.met]
+        missed = sorted((r for r in held if not r.met), key=lambda r: r.value / (r.target or 1))
         of_note = "; ".join(f"{text} {_ratio(value)}" for text, value in headlines.items())
         met = f"{len(held) - len(missed)} of {len(held)}" if held else ""
-        short = "; ".join(f"{r.case}, {r.metric}, {r.a} / {r.b}: {_ratio(r.value)} of {r.target:g}" for r in missed)
+        worst = [f"{r.metric}, {r.a} / {r.b}: {_ratio(r.value)} of {r.target:g} ({r.case})" for r in missed[:1]]
+        others = [f"and {len(missed) - 1} more"] if len(missed) > 1 else []
+        short = "; ".join([*worst, *others])
         lines.append(_line(title, of_note, met, short, f"{results.device}, {results.date[:10]}"))
     return "\n".join(lines) + "\n"
 

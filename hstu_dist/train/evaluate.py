@@ -38,17 +38,22 @@ def evaluate(recommender: Recommender, batches: Iterable[JaggedBatch], measures:
     Returns:
         Means over all users, equal on every rank.
     """
-    corpus_VD = recommender.corpus()
+    corpus_VD, listed_V = recommender.corpus(), recommender.listed()
     items_VD = unit_rows(corpus_VD)
     device = items_VD.device
     metrics = RankingMetrics.empty(measures, device)
     for host_batch in batches:
-        batch = host_batch.to(device)
-        # also a share without sequences: a sharded tower needs all ranks
+        # also a share without sequences: a sharded tower, and a vocabulary, need all ranks
+        batch, known_T = recommender.in_rows(host_batch.to(device))
         vectors_TD = recommender.encode_local(corpus_VD[batch.item_ids], batch)
         if batch.num_sequences == 0:
             continue
-        metrics += _ranked(vectors_TD[last_rows(batch.offsets)], items_VD, batch, measures)
+        last = last_rows(batch.offsets)
+        target, history = batch.target_ids[last], (batch.item_ids, batch.offsets)
+        ranks = ranks_of_targets(vectors_TD[last], items_VD, target, history, listed_V)
+        # an item without a row of its own cannot be found
+        ranks.masked_fill_(~known_T[last], items_VD.shape[0] + 1)
+        metrics += RankingMetrics.of_ranks(ranks, measures)
     return RankingMetrics(measures, sum_over_ranks(metrics.sums)).values()
 
 
@@ -67,11 +72,8 @@ def evaluate_popularity(counts_V: Tensor, batches: Iterable[JaggedBatch], measur
     for host_batch in batches:
         batch = host_batch.to(counts_V.device)
         if batch.num_sequences:
-            metrics += _ranked(items_V1.new_ones(batch.num_sequences, 1), items_V1, batch, measures)
+            users_B1 = items_V1.new_ones(batch.num_sequences, 1)
+            target = batch.target_ids[last_rows(batch.offsets)]
+            ranks = ranks_of_targets(users_B1, items_V1, target, (batch.item_ids, batch.offsets))
+            metrics += RankingMetrics.of_ranks(ranks, measures)
     return RankingMetrics(measures, sum_over_ranks(metrics.sums)).values()
-
-
-def _ranked(users_BD: Tensor, items_VD: Tensor, batch: JaggedBatch, measures: Measures) -> RankingMetrics:
-    target = batch.target_ids[last_rows(batch.offsets)]
-    ranks = ranks_of_targets(users_BD, items_VD, target, (batch.item_ids, batch.offsets))
-    return RankingMetrics.of_ranks(ranks, measures)

@@ -20,6 +20,7 @@ from hstu_dist.data.stream.archive import Archive, Window
 from hstu_dist.data.stream.follower import Follower, Progress
 from hstu_dist.data.stream.loader import WindowLoader
 from hstu_dist.data.stream.pipeline import moment
+from hstu_dist.data.stream.popularity import Popularity
 from hstu_dist.distributed.process_group import World, sum_over_ranks
 from hstu_dist.distributed.recommender import Recommender
 from hstu_dist.errors import UserError
@@ -154,38 +155,49 @@ class RetentionHook(Hook):
 
 @torch.no_grad()
 def evaluate_window(
-    recommender: Recommender, batches: Iterable[JaggedBatch], popularity: object, measures: Measures
+    recommender: Recommender, batches: Iterable[JaggedBatch], popularity: Popularity, measures: Measures
 ) -> dict[str, dict[str, float]]:
     """Ranks the target of every position that counts among all items but those before it in its sequence.
 
     Args:
         recommender: the model.
         batches: this rank's share of the window's examples, as many as every rank has.
-        popularity: [num_items] int64 array, events of each item before the window.
+        popularity: events of items before the window.
         measures: what is measured of the ranks.
 
     Returns:
         `model` and `popularity` → metric → mean over positions of all ranks, and `targets`, their number; empty if
         there is none.
     """
-    corpus_VD = recommender.corpus()
+    corpus_VD, listed_V = recommender.corpus(), recommender.listed()
     device = corpus_VD.device
     # one feature: a user's vector is 1, an item's its count
-    counts_V1 = torch.as_tensor(popularity, dtype=torch.float32, device=device)[:, None]
+    counts_V1 = _counts(recommender, popularity, corpus_VD)[:, None]
     tables = {"model": unit_rows(corpus_VD), "popularity": counts_V1}
     sums = {name: RankingMetrics.empty(measures, device) for name in tables}
     for host_batch in batches:
-        batch = host_batch.to(device)
-        # also a share without sequences: a sharded tower needs all ranks
+        # also a share without sequences: a sharded tower, and a vocabulary, need all ranks
+        batch, known_T = recommender.in_rows(host_batch.to(device))
         vectors_TD = recommender.encode_local(corpus_VD[batch.item_ids], batch)
         users = {"model": vectors_TD, "popularity": vectors_TD.new_ones(batch.num_tokens, 1)}
         for rows in _counted(batch):
             history = _prefixes(batch, rows)
             for name, items in tables.items():
-                ranks = ranks_of_targets(users[name][rows], items, batch.target_ids[rows], history)
+                ranks = ranks_of_targets(users[name][rows], items, batch.target_ids[rows], history, listed_V)
+                # an item without a row of its own cannot be found
+                ranks.masked_fill_(~known_T[rows], corpus_VD.shape[0] + 1)
                 sums[name] += RankingMetrics.of_ranks(ranks, measures)
     totals = {name: RankingMetrics(measures, sum_over_ranks(metrics.sums)) for name, metrics in sums.items()}
     return {name: {**total.values(), "targets": total.num_users} for name, total in totals.items() if total.num_users}
+
+
+def _counts(recommender: Recommender, popularity: Popularity, like_VD: Tensor) -> Tensor:
+    """Events of the items of each row, [V] float32."""
+    events = torch.tensor(popularity.events, device=like_VD.device)
+    ids = torch.arange(events.numel()) if popularity.ids is None else torch.tensor(popularity.ids)
+    rows, known = recommender.rows_of(ids.to(events.device))
+    counts = like_VD.new_zeros(like_VD.shape[0], dtype=torch.float32)
+    return counts.index_add_(0, rows[known], events[known].float())
 
 
 def _counted(batch: JaggedBatch) -> Iterator[Tensor]:

@@ -62,6 +62,10 @@ class RankingObjective:
     heads: HeadSet
     seed: int
 
+    def in_rows(self, batch: JaggedBatch) -> JaggedBatch:
+        """As it is: ranking has static vocabularies only."""
+        return batch
+
     def plan(self, batch: JaggedBatch, work: Workload, step: int, num_parts: int) -> tuple[IdSet, Sequence[PartLoss]]:
         """As `Objective.plan`."""
         needed = IdSet.of([batch.item_ids], self.model.shape.num_items)

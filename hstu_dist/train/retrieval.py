@@ -50,6 +50,11 @@ class RetrievalObjective:
             spec = softmax_spec(self.loss, self.model.num_items, device)
             self._sum = partial(softmax_loss, spec=spec)
 
+    def in_rows(self, batch: JaggedBatch) -> JaggedBatch:
+        """As `Objective.in_rows`."""
+        with record_function("vocabulary"):
+            return self.model.in_rows(batch, admit=True)[0]
+
     def plan(self, batch: JaggedBatch, work: Workload, step: int, num_parts: int) -> tuple[IdSet, Sequence[PartLoss]]:
         """As `Objective.plan`."""
         # the names of the parts in a profile
@@ -82,7 +87,12 @@ class RetrievalObjective:
         noise = token_noise(batch, self.model.max_length, fold(self.seed, step, _NEGATIVES))
         if batch.trained is not None:
             noise = TokenNoise(noise.key, noise.tokens[batch.trained])
-        return self.model.tower.rows.integers(noise, self.loss.num_negatives, self.model.num_items)
+        listed_V, draw = self.model.listed(), self.model.tower.rows.integers
+        if listed_V is None or not bool(listed_V.any()):
+            return draw(noise, self.loss.num_negatives, self.model.num_items)
+        # rows that nobody has yet would be wasted
+        rows = listed_V.nonzero().squeeze(1)
+        return rows[draw(noise, self.loss.num_negatives, rows.numel())]
 
     def _needed(self, batch: JaggedBatch, negatives: Tensor | None, work: Workload) -> IdSet:
         num_items = self.model.num_items

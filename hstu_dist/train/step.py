@@ -42,11 +42,14 @@ class Objective(Protocol):
     def model(self) -> TrainedModel:
         """What is trained."""
 
+    def in_rows(self, batch: JaggedBatch) -> JaggedBatch:
+        """A batch that is going to be trained on, its items as rows of the item table; all ranks call it together."""
+
     def plan(self, batch: JaggedBatch, work: Workload, step: int, num_parts: int) -> tuple[IdSet, Sequence[PartLoss]]:
         """What a step on a batch needs.
 
         Args:
-            batch: this rank's share; may be empty.
+            batch: this rank's share, of `in_rows`; may be empty.
             work: of all shares together.
             step: steps taken.
             num_parts: runs of sequences that the share is cut into.
@@ -61,7 +64,7 @@ class Refusal:
     """A step that was not taken, because a loss or a gradient of any rank was not finite.
 
     Attributes:
-        batch: this rank's share.
+        batch: this rank's share, its items as rows.
         work: positions, attention pairs and context of all shares together.
         reason: the same on all ranks.
     """
@@ -126,6 +129,7 @@ class TrainStep:
         """
         step, total_steps = position
         factor = self.optimizers.prepare(step, total_steps)
+        batch = self.objective.in_rows(batch)
         gradient = self.gradient(batch, work, step)
         reason = self._objection(gradient)
         if reason is not None:
@@ -143,7 +147,7 @@ class TrainStep:
         return StepResult(gradient.loss_sum, work, learning_rate, gradient.seconds)
 
     def gradient(self, batch: JaggedBatch, work: Workload, step: int) -> Gradient:
-        """Loss and gradients of one global batch; nothing is updated. Arguments as of a call."""
+        """Loss and gradients of one global batch; nothing is updated. `batch` is of `in_rows`."""
         needed, losses = self.objective.plan(batch, work, step, self.micro_batches)
         # the names of the parts in a profile
         with record_function("look up"):

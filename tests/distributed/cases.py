@@ -68,7 +68,7 @@ def whole(value: Any, group: dist.ProcessGroup | None = None) -> Tensor:
         return value.detach().full_tensor().clone()
     if isinstance(value, Tensor) and not hasattr(value, "local_shards"):
         return value.detach().clone()
-    full = torch.zeros(value.size())
+    full = torch.zeros(value.size(), dtype=value.dtype)
     for shard in value.local_shards():
         place = tuple(slice(o, o + n) for o, n in zip(shard.metadata.shard_offsets, shard.tensor.shape, strict=True))
         full[place] = shard.tensor

@@ -281,23 +281,6 @@ def test_initial_weights_do_not_depend_on_the_ranks(trained: Any) -> None:
     assert len({float(trained[1][case].before[0, 0]) for case in CASES}) == len(CASES)
 
 
-def look_up_hashed() -> tuple[list[list[float]], list[list[float]]]:
-    """Rows of raw ids by a hash, and those of the rows that it gives; after an update of the former."""
-    with process_group("cpu", 30) as world:
-        tables = table_of("row_wise", "sgd")
-        tables.id_mappings[ITEM] = lambda ids: ids % SHAPE.num_rows
-        raw = torch.tensor([10**12, 3, -1, 3 + SHAPE.num_rows])[world.rank :]
-        train_step(tables, {ITEM: raw})
-        hashed = tables({ITEM: raw})[ITEM].tolist()
-        tables.id_mappings.clear()
-        return hashed, tables({ITEM: raw % SHAPE.num_rows})[ITEM].tolist()
-
-
-def test_a_mapping_in_front_of_a_table_turns_ids_into_rows() -> None:
-    for hashed, direct in run_ranks(2, look_up_hashed):
-        assert hashed == direct and hashed[-1] == hashed[-3]
-
-
 # 5 rows: on 4 ranks the third has one and the last has none, on 8 ranks three have none
 UNEVEN = TableShape(num_rows=5, width=4)
 

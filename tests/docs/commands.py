@@ -88,11 +88,13 @@ SETTINGS: Mapping[str, Callable[[list[str]], object]] = {
 
 
 def _launch(words: Sequence[str]) -> None:
-    options = parser_of_the_launcher().parse_args(words)
+    options = parser_of_the_launcher().parse_intermixed_args(words)
     if options.words and options.words[0] in ("status", "logs", "cancel"):
         assert len(options.words) == 2
         return
     overrides, _ = _split_dry_run(options.words)
+    if overrides[:1] == ["doctor"]:
+        overrides = ["name=doctor", *overrides[1:]]
     full = _in_full(overrides)
     compose(list(_first_cell(full)) if options.multirun else full)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -114,6 +116,23 @@ def test_folders_of_this_machine(tiny_data: Path, tmp_path: Path) -> None:
     assert bad["run folder"].status is Status.FAIL and "output=FOLDER" in bad["run folder"].remedy
     many = machine_checks(tiny_config(tiny_data, tmp_path, "nproc=4000"))["cores and memory"]()
     assert many.status is Status.WARN and "for 4000 ranks" in many.found
+
+
+def on_several_machines(folder: Path, amiss: bool) -> Finding:
+    """On a rank, alone on its machine: what it is told of the others."""
+    with process_group("cpu", 60) as world:
+        own = [] if world.rank == 0 else [ok("disk", "fast"), warn("data folder", "is empty", "fill it")][: 1 + amiss]
+        return ranks.rank_checks(replace(world, local_size=1), folder, own)["other machines"]()
+
+
+@pytest.mark.distributed
+def test_what_is_amiss_on_another_machine(tmp_path: Path) -> None:
+    host = socket.gethostname()
+    found = run_ranks(3, on_several_machines, tmp_path, False)
+    assert found == [ok("other machines", f"packages, memory and folders of {host} are in order")] * 3
+    amiss = f"{host}: data folder: is empty"
+    found = run_ranks(3, on_several_machines, tmp_path, True)
+    assert found == [warn("other machines", f"{amiss}; {amiss}", "fill it")] * 3
 
 
 def between_ranks(folder: Path, late: int | None) -> list[Finding]:

@@ -67,6 +67,18 @@ def test_a_killed_rank_restarts_those_of_both_hosts(
     assert run.result() == whole.result()
 
 
+def test_the_doctor_looks_at_both_hosts(tiny_data: Path, hosts: TwoHosts, tmp_path: Path) -> None:
+    run = TinyRun(tiny_data, tmp_path)
+    with Started(["-m", "launch", "doctor", *run.overrides, *settings(hosts)], tmp_path / "printed") as launch:
+        ended = launch.wait()
+    assert ended.code == 0, ended.err
+    lines = {line.partition(": ")[0].rpartition("]:")[2]: line.partition(": ")[2] for line in ended.out.splitlines()}
+    assert lines["ok    ranks"] == f"2 over gloo on {', '.join(hosts.names)}"
+    assert any(name.endswith("other machines") and hosts.names[1] in found for name, found in lines.items())
+    assert lines["ok    machines agree"] == "same code and libraries, one run folder"
+    assert any("all-to-all" in name and "GB/s a rank" in found for name, found in lines.items())
+
+
 def node_line(run: TinyRun, hosts: TwoHosts, node: int, *more: str) -> list[str]:
     """What a user would type on a host, after the launch has printed it."""
     overrides = [*run.overrides, *settings(hosts, "cluster.start=print", *more)]

@@ -67,6 +67,27 @@ def test_dry_run_prints_the_command_and_touches_nothing(
     assert agents == [] and not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    "cluster",
+    [
+        ["cluster=local"],
+        ["cluster=hosts", "cluster.addresses=[a,b]"],
+        ["cluster=slurm", "nodes=2"],
+        ["cluster=kubernetes", "nodes=2", "cluster.claim=shared"],
+    ],
+)
+def test_the_doctor_starts_where_a_run_would(
+    cluster: list[str], overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["doctor", *overrides, *cluster, "data.path=/nowhere", "dry_run=true"]) == 0
+    printed = capsys.readouterr().out
+    assert "train" not in re.findall(r"-m hstu_dist (\w+)", printed)
+    # agents learn it from launch.node
+    assert "hstu_dist doctor --config" in printed or re.search(r"--program\W+doctor", printed)
+    assert "runs/doctor" in printed and sorted(tmp_path.rglob("*")) == before
+
+
 def test_starts_what_dry_run_prints(
     overrides: list[str], agents: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:

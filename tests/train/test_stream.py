@@ -183,7 +183,7 @@ def asked_to_stop(files: Path, output: Path) -> list[str]:
 def test_a_stop_file_ends_an_endless_stream_and_it_goes_on_later(whole: Path, files: Path, tmp_path: Path) -> None:
     endless = write_stream(tmp_path / "files", events_of(HOURS, users=30, a_user=4), end=False)
     said = run_ranks(2, asked_to_stop, endless, tmp_path)
-    assert "stopped at step" in said[0][-1] and said[1] == []
+    assert any("stopped at step" in line for line in said[0]) and said[1] == []
     assert not (tmp_path / "stream" / "result.json").exists()
     (tmp_path / "stream" / "stop").unlink()
     (endless / "_SUCCESS").touch()

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hstu_dist.data.stream.histories import UserEvents, WindowEvents
+from hstu_dist.data.stream.popularity import Popularity
 from hstu_dist.errors import UserError
 from hstu_dist.files import sync
 
@@ -40,14 +41,14 @@ class Window:
         facts: start and end (seconds since 1970), events, late and other counts so far.
         events: its users' histories and new events; arrays lie in files that are mapped into memory.
         history: [U] int64, how many events of each user are history.
-        popularity: [num_items] int64, events of each item in earlier windows.
+        popularity: events of each item in earlier windows.
     """
 
     number: int
     facts: dict[str, Any]
     events: UserEvents
     history: Ints
-    popularity: Ints
+    popularity: Popularity
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Archive:
             UserError: the disk refuses.
         """
         unfinished = self.path(window.number).with_suffix(".unfinished")
-        arrays = {**window.events.arrays(), "history": window.history, "popularity": window.popularity}
+        arrays = {**window.events.arrays(), "history": window.history, **window.popularity.arrays()}
         try:
             shutil.rmtree(unfinished, ignore_errors=True)
             (unfinished / _STATE).mkdir(parents=True)
@@ -116,7 +117,7 @@ class Archive:
         while not (self.path(number) / _FACTS).exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         facts, arrays = self._read(self.path(number), mapped=True)
-        history, popularity = arrays.pop("history"), arrays.pop("popularity")
+        history, popularity = arrays.pop("history"), Popularity.of(arrays)
         return Window(number=number, facts=facts, events=UserEvents(**arrays), history=history, popularity=popularity)
 
     def remove_before(self, number: int) -> None:
@@ -141,7 +142,7 @@ class Archive:
             ) from error
 
 
-def window_of(number: int, joined: WindowEvents, popularity: Ints, facts: dict[str, Any]) -> Window:
+def window_of(number: int, joined: WindowEvents, popularity: Popularity, facts: dict[str, Any]) -> Window:
     """What `Archive.commit` takes."""
     return Window(number=number, facts=facts, events=joined.events, history=joined.history, popularity=popularity)
 

@@ -16,6 +16,7 @@ from hstu_dist.validation import STRICT
 Seconds = TypeVar("Seconds", int, npt.NDArray[np.int64])
 
 _DAY = 86_400
+ItemIds = Literal["dense", "hashed", "raw"]
 WINDOW_SECONDS = {"minute": 60, "hour": 3600, "day": _DAY, "week": 7 * _DAY}
 _MONDAY = 4 * _DAY
 """1970-01-05, from which weeks are counted."""
@@ -34,7 +35,8 @@ class StreamConfig:
         path: a folder, or a URI of pyarrow.fs such as `s3://bucket/prefix?region=eu-west-1`.
         num_items: rows of the item table.
         item_ids: dense: items are numbered 0 to num_items - 1; hashed: any integer or text is hashed to a row, so that
-            new items need no vocabulary, and items that share a row share its embedding.
+            new items need no vocabulary, and items that share a row share its embedding; raw: any integer or text goes
+            to the vocabulary of the item table, embedding.vocabulary, text as a hash of 64 bits.
         max_length: inputs given to the model: new events, and the user's most recent history before them.
         user_column: int64 or text ids.
         item_column: int64 or text ids.
@@ -59,7 +61,7 @@ class StreamConfig:
     kind: Literal["stream"] = "stream"
     path: str = Field(min_length=1)
     num_items: int = Field(gt=0, le=2**31)
-    item_ids: Literal["dense", "hashed"] = "hashed"
+    item_ids: ItemIds = "hashed"
     max_length: int = Field(default=200, gt=0)
     user_column: str = Field(default="user_id", min_length=1)
     item_column: str = Field(default="item_id", min_length=1)

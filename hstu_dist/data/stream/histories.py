@@ -23,7 +23,7 @@ class UserEvents:
     Attributes:
         users: [U] int64 keys, ascending.
         offsets: [U+1] int64.
-        items: [E] int64 rows of the item table.
+        items: [E] int64, as of `Events`.
         seconds: [E] int64 since 1970.
         actions: [E] int32.
     """

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from hstu_dist.data.draws import GOLDEN, Words, mix
+from hstu_dist.data.stream.config import ItemIds
 from hstu_dist.errors import UserError
 
 Ints = npt.NDArray[np.int64]
@@ -21,13 +22,15 @@ def user_keys(ids: pa.Array) -> Ints:
     return _words(ids).view(np.int64)
 
 
-def item_rows(ids: pa.Array, num_items: int, hashed: bool) -> Ints:
-    """[E] int64 in [0, num_items).
+def item_ids(ids: pa.Array, num_items: int, kind: ItemIds) -> Ints:
+    """[E] int64 in [0, num_items); of kind `raw` as of `user_keys`.
 
     Raises:
         UserError: dense ids are expected, and one is no integer in that range.
     """
-    if hashed:
+    if kind == "raw":
+        return user_keys(ids)
+    if kind == "hashed":
         return (mix(_words(ids)) % np.uint64(num_items)).astype(np.int64)
     remedy = "number the items from 0, raise data.num_items, or set data.item_ids=hashed"
     if not pa.types.is_integer(ids.type):

@@ -12,6 +12,7 @@ import numpy as np
 from hstu_dist.data.stream.archive import Archive, Arrays, Window, window_of
 from hstu_dist.data.stream.config import StreamConfig
 from hstu_dist.data.stream.histories import Histories, UserEvents
+from hstu_dist.data.stream.popularity import Popularity
 from hstu_dist.data.stream.quarantine import Quarantine
 from hstu_dist.data.stream.reading import Events, Reader, is_event_file
 from hstu_dist.data.stream.source import SourceFile
@@ -32,7 +33,7 @@ class Pipeline:
         self.windower = Windower(config)
         self.reader = Reader(config)
         self.histories = Histories(config.max_length, int(config.history_mib * 2**20))
-        self.popularity = np.zeros(config.num_items, dtype=np.int64)
+        self.popularity = Popularity.before_all(config.num_items, numbered=config.item_ids != "raw")
         self.next_window = 0
         # of 64-bit hashes, 16 bytes a file and 8 a content, however long the names are
         self._files: dict[int, int] = {}
@@ -103,8 +104,8 @@ class Pipeline:
 
     def _join(self, closed: ClosedWindow) -> Window:
         joined = self.histories.advance(closed.events)
-        popularity = self.popularity.copy()
-        self.popularity += np.bincount(closed.events.items, minlength=self.config.num_items)
+        popularity = self.popularity
+        self.popularity = popularity.plus(closed.events.items, self.config.num_items)
         facts = {
             "start": closed.start,
             "end": closed.end,
@@ -125,7 +126,7 @@ class Pipeline:
         }
         arrays: Arrays = {f"kept_{name}": array for name, array in self.histories.kept.arrays().items()}
         arrays |= {f"pending_{name}": getattr(every, name) for name in ("users", "items", "seconds", "actions")}
-        arrays["popularity"] = self.popularity
+        arrays |= self.popularity.arrays()
         arrays["files"] = np.array([*self._files.keys(), *self._files.values()], dtype=np.int64).reshape(2, -1)
         arrays["contents"] = np.fromiter(self._contents, dtype=np.int64, count=len(self._contents))
         return values, arrays
@@ -148,7 +149,7 @@ class Pipeline:
         kept = UserEvents(**{name[5:]: array for name, array in arrays.items() if name.startswith("kept_")})
         self.histories = Histories(self.config.max_length, self.histories.max_bytes, kept)
         self.histories.evicted = values["evicted"]
-        self.popularity = arrays["popularity"]
+        self.popularity = Popularity.of(arrays)
         self._files = dict(zip(*arrays["files"].tolist(), strict=True))
         self._contents = set(arrays["contents"].tolist())
 

@@ -15,7 +15,7 @@ from hstu_dist.data.column_tables import NULL_TEXTS
 from hstu_dist.data.columns import Column, Reading, actions_of, ids_of, is_text, reading_of, times_of
 from hstu_dist.data.log_files import CSV_SUFFIXES, PARQUET_SUFFIXES
 from hstu_dist.data.stream.config import StreamConfig
-from hstu_dist.data.stream.keys import item_rows, user_keys
+from hstu_dist.data.stream.keys import item_ids, user_keys
 from hstu_dist.data.stream.source import first_line
 from hstu_dist.errors import UserError
 
@@ -28,7 +28,7 @@ class Events:
 
     Attributes:
         users: [E] int64 keys.
-        items: [E] int64 rows of the item table.
+        items: [E] int64 rows of the item table, or keys where the table has a vocabulary of its own.
         seconds: [E] int64 since 1970.
         actions: [E] int32.
     """
@@ -98,7 +98,7 @@ class Reader:
         actions = np.zeros(len(seconds), dtype=np.int32)
         if config.action_column is not None:
             actions = actions_of(columns[config.action_column])
-        rows = item_rows(items, config.num_items, config.item_ids == "hashed")
+        rows = item_ids(items, config.num_items, config.item_ids)
         # last, when nothing else can be wrong: a file that is set aside must not decide types
         self._check_types({config.user_column: users, config.item_column: items})
         events = Events(user_keys(users), rows, seconds, actions)

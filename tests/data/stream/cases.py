@@ -98,6 +98,6 @@ def drain(pipeline: Pipeline, at_end: bool = True, now: float = 2e9) -> list[Win
 
 
 def same(a: Window, b: Window) -> bool:
-    arrays = [(x.events.arrays() | {"history": x.history, "popularity": x.popularity}) for x in (a, b)]
+    arrays = [(x.events.arrays() | {"history": x.history, "popularity": x.popularity.events}) for x in (a, b)]
     equal = all(np.array_equal(arrays[0][name], arrays[1][name]) for name in arrays[0])
     return equal and (a.number, a.facts) == (b.number, b.facts)

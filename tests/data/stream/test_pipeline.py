@@ -71,7 +71,7 @@ def test_popularity_counts_earlier_windows(tmp_path: Path) -> None:
     windows = drain(pipeline_of(config_of(write_stream(tmp_path / "files", parts)), tmp_path))
     for number, window in enumerate(windows):
         before = np.concatenate([np.empty(0, np.int64), *(part.items for part in parts[:number])])
-        assert window.popularity.tolist() == np.bincount(before, minlength=NUM_ITEMS).tolist()
+        assert window.popularity.events.tolist() == np.bincount(before, minlength=NUM_ITEMS).tolist()
 
 
 def test_files_that_cannot_be_used_are_listed_once_and_the_rest_is_read(tmp_path: Path) -> None:

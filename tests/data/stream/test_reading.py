@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hstu_dist.data.stream.keys import item_rows, text_words, user_keys
+from hstu_dist.data.stream.keys import item_ids, text_words, user_keys
 from hstu_dist.data.stream.reading import Reader
 from hstu_dist.errors import UserError
 from tests.data.stream.cases import NUM_ITEMS, START, config_of
@@ -122,7 +122,7 @@ def test_texts_are_told_apart_wherever_they_lie() -> None:
 def test_hashed_items_share_rows_as_often_as_stated(ids: pa.Array) -> None:
     ids = ids if pa.types.is_integer(ids.type) else ids.cast(pa.large_string())
     num_items = 200_000
-    rows = item_rows(ids, num_items, hashed=True)
+    rows = item_ids(ids, num_items, "hashed")
     assert rows.min() >= 0 and rows.max() < num_items
     _, place, count = np.unique(rows, return_inverse=True, return_counts=True)
     shared = (count[place] > 1).mean()
