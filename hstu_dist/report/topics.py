@@ -151,6 +151,25 @@ TOPICS: Mapping[str, Topic] = {
             )
         },
     ),
+    "inference": Topic(
+        title="Scoring and serving",
+        note="One process on all cores, fp32. Cold: the history is encoded with the candidates; cached: its keys and values "
+        "are there. The arithmetic bound is the ratio of FLOPs. Memory: as the history and the candidates grow.",
+        headlines={
+            "1,024 candidates by M-FALCON over one by one:": (
+                "history 4,096, 1,024 candidates, D 256, 4 layers, fp32",
+                "candidates/s",
+                "M-FALCON, cold",
+                "one by one",
+            ),
+            "a cached history over a cold one:": (
+                "history 4,096, 1,024 candidates, D 256, 4 layers, fp32",
+                "repeated request",
+                "M-FALCON, cached history",
+                "M-FALCON, cold",
+            ),
+        },
+    ),
     "checkpoint": Topic(
         title="Checkpoints",
         note="A ratio above 1, or above its target, means better than the limit.",
