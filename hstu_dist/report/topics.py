@@ -153,8 +153,8 @@ TOPICS: Mapping[str, Topic] = {
     ),
     "inference": Topic(
         title="Scoring and serving",
-        note="One process on all cores, fp32. Cold: the history is encoded with the candidates; cached: its keys and values "
-        "are there. The arithmetic bound is the ratio of FLOPs. Memory: as the history and the candidates grow.",
+        note="One process on all cores, fp32. Cold: the history is encoded with the candidates; cached: its keys and "
+        "values are there. The arithmetic bound is the ratio of FLOPs. Memory: as the history and the candidates grow.",
         headlines={
             "1,024 candidates by M-FALCON over one by one:": (
                 "history 4,096, 1,024 candidates, D 256, 4 layers, fp32",
