@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     replay_command.set_defaults(run=_replay)
     replay_command.add_argument("folder", type=Path, help="RUN/replay/step-NNNNNNNN")
     replay_command.add_argument("--debug", action="store_true", help="show the stack trace of an error")
+    _add_scale(commands)
     _add_doctor(commands)
     _add_checkpoint(commands)
     _add_uses(commands)
@@ -104,6 +105,19 @@ def _epilog(command: str) -> str:
         of_the_run = groups_help(["data", "embedding", "experiment", "loss", "model", "trainer"])
         return f"clusters (cluster=NAME): {' | '.join(hardware_names())}\nof the run, {of_the_run}"
     return groups_help(["data"] if command == "prepare" else None)
+
+
+def _add_scale(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    summary = "fit scaling laws to a sweep, or say what a value would take"
+    command = commands.add_parser("scale", help=summary, description=summary)
+    command.set_defaults(run=_scale)
+    command.add_argument("what", choices=("fit", "plan"), help="fit: laws of all families; plan: invert them")
+    command.add_argument("sweep", type=Path, help="folder of the runs, such as runs/scaling")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="of plan: cluster=NAME, and of the run")
+    command.add_argument("--metric", default="loss", help="of the test split, such as hr@10 (default: loss)")
+    command.add_argument("--target", "--target-loss", type=float, metavar="X", help="of plan: the value to reach")
+    command.add_argument("--output", type=Path, metavar="FOLDER", help="of fit (default: SWEEP/fit)")
+    command.add_argument("--debug", action="store_true", help="show the stack trace of an error")
 
 
 def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -212,6 +226,19 @@ def _plan(options: argparse.Namespace) -> None:
     from hstu_dist.commands.plan import plan_run
 
     plan_run(options.overrides, options.folder, say)
+
+
+def _scale(options: argparse.Namespace) -> None:
+    from hstu_dist.commands.scale import fit, plan
+
+    if (options.what == "plan") != (options.target is not None):
+        raise UserError(f"scale {options.what}: got --target {options.target}", "plan needs a value to reach, fit none")
+    if options.what == "fit":
+        if options.overrides:
+            raise UserError(f"scale fit: got {options.overrides[0]}", "give the folder of the sweep alone")
+        fit(options.sweep, options.metric, options.output, say)
+    else:
+        plan(options.sweep, options.metric, options.target, options.overrides, say)
 
 
 def _doctor(options: argparse.Namespace) -> ExitCode:

@@ -22,6 +22,7 @@ from pydantic.dataclasses import dataclass
 
 from hstu_dist.cluster import ClusterConfig
 from hstu_dist.data.config import DataSetConfig
+from hstu_dist.data.record_split import RecordSplit
 from hstu_dist.data.stream.config import FeedConfig, StreamConfig
 from hstu_dist.distributed.config import ITEM, EmbeddingConfig, TableShape
 from hstu_dist.errors import UserError
@@ -126,6 +127,19 @@ class RunConfig:
         if isinstance(self.data, StreamConfig):
             raise UserError("data: got a stream, expected a prepared data set here", "choose another run")
         return self.data
+
+    @property
+    def record_split(self) -> RecordSplit | None:
+        """Which whole sequences are held out; None: the run splits in another way."""
+        task = self.task
+        if not isinstance(task, RetrievalConfig) or task.split != "record":
+            return None
+        return RecordSplit(
+            validation_share=task.validation_share,
+            test_share=task.test_share,
+            train=task.records.train,
+            evaluated=task.records.evaluated,
+        )
 
     @property
     def retrieval(self) -> tuple[EncoderConfig, RetrievalLossConfig]:

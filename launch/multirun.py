@@ -23,7 +23,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from rich.console import Console
 from rich.table import Table
 
-from hstu_dist.config import RunConfig, compose, conf_dir, explained_composition
+from hstu_dist.commands.scale_cells import remember_cells, training_compute
+from hstu_dist.config import RunConfig, compose, conf_dir, difference, explained_composition, load
 from hstu_dist.console import say
 from hstu_dist.errors import ExitCode, UserError
 from hstu_dist.run_folder import RunFolder
@@ -178,10 +179,14 @@ class Sweep:
         if jobs < 1:
             raise UserError(f"--jobs: got {jobs}, expected at least 1", "give the number of runs at the same time")
         cells = self.plan(batch)
+        say(predicted_cost(cells))
         if self.preview is not None:
             for cell in cells:
                 say(f"# {cell.config.name}\n{self.preview(cell.config)}")
             return [math.nan] * len(cells)
+        for folder in {Path(cell.config.output) for cell in cells}:
+            here = [cell for cell in cells if Path(cell.config.output) == folder]
+            remember_cells(folder, {cell.config.name: cell.overrides for cell in here})
         self.signal = _work_off(cells, jobs)
         if self.signal is not None:
             raise _StoppedError
@@ -198,6 +203,7 @@ class Sweep:
                     f"two cells are both named {cell.config.name}",
                     "give settings whose values differ in letters or digits",
                 )
+            _check_unchanged(cell)
             if known is cell:
                 self.cells.append(cell)
             # a sweeper that searches may come back to a point
@@ -212,6 +218,39 @@ class Sweep:
         name = base + _suffix({k: v for k, v in swept.items() if k not in ("name", "experiment")})
         named = [*(word for word in words if not word.startswith("name=")), f"name={name}"]
         return Cell(named, swept, base, compose(named))
+
+
+def _check_unchanged(cell: Cell) -> None:
+    """Whether a finished run of the cell's name is what the cell asks for.
+
+    Raises:
+        UserError: it was made with other settings.
+    """
+    file = cell.folder.config_file
+    changed = difference(load(file), cell.config) if cell.result is not None and file.exists() else []
+    if changed:
+        raise UserError(
+            f"{cell.config.name}: has finished with other settings ({'; '.join(changed[:3])})",
+            "set output=FOLDER for a new sweep, or remove its folder",
+        )
+
+
+def predicted_cost(cells: Sequence[Cell]) -> str:
+    """Training FLOPs of the cells that have not finished, from their settings, before any of them starts."""
+    waiting = [cell for cell in cells if cell.result is None]
+    unknown, total, lines = 0, 0, []
+    for cell in waiting:
+        try:
+            compute = training_compute(cell.config)
+        except UserError:
+            # its own launch says what is wrong
+            compute = None
+        unknown += compute is None
+        total += compute or 0
+        lines.append(f"  {cell.config.name}: {'not known' if compute is None else f'{compute:.3g}'}")
+    more = f", and {unknown} cells that cannot be told before" if unknown else ""
+    done = len(cells) - len(waiting)
+    return "\n".join([f"{total:.3g} training FLOPs in {len(waiting)} cells{more}; {done} are done", *lines])
 
 
 def _suffix(swept: Mapping[str, str]) -> str:

@@ -28,6 +28,7 @@ from hstu_dist.models.flops import Workload, count_flops, encoder_work
 from hstu_dist.preflight import memory_limit, table_shapes
 from hstu_dist.train.average import WeightAverage
 from hstu_dist.train.evaluate import evaluate, evaluate_popularity, measures_of
+from hstu_dist.train.evaluate_targets import CountedTargets, evaluate_target_popularity, evaluate_targets
 from hstu_dist.train.optimizer import Optimizers
 from hstu_dist.train.retrieval import RetrievalObjective
 from hstu_dist.train.step import Objective
@@ -156,23 +157,40 @@ class Session(ModelSession):
             max_length=data.max_length,
             window=data.window if training else "recent",
             seed=self.config.seed,
-            shuffle=training,
+            shuffle=training and not self.in_order,
             batching=trainer.batching if training else BatchingConfig(),
             cost=sequence_cost(lambda n: self.training_flops(self.workload([n])), data.max_length),
             stochastic_length=data.stochastic_length if training else None,
             emission=trainer.emission if training else None,
             moments=self.moments,
+            records=self.config.record_split,
         )
+
+    @property
+    def in_order(self) -> bool:
+        """Whether training goes through the sequences in the order of the data set."""
+        task = self.config.task
+        return isinstance(task, RetrievalConfig) and task.records.in_order
 
     def evaluate(self, split: Split) -> dict[str, float]:
         """Metrics of the current weights on a split, or of their average where there is one."""
+        task, measures = self.config.task, measures_of(self.config.trainer.evaluation)
         with self.averaged():
-            return evaluate(self.retriever, self.loader(split).epoch(0), measures_of(self.config.trainer.evaluation))
+            if isinstance(task, RetrievalConfig) and task.split == "record":
+                _, loss = self.config.retrieval
+                counted = CountedTargets(measures, loss.temperature, task.records.scored)
+                return evaluate_targets(self.retriever, self.loader(split).epoch(0), counted)
+            return evaluate(self.retriever, self.loader(split).epoch(0), measures)
 
     def evaluate_popularity(self, split: Split) -> dict[str, float]:
         """Metrics of the popularity baseline on a split."""
-        counts = popularity(self.dataset, self.training_split, self.moments).to(self.world.device)
-        return evaluate_popularity(counts, self.loader(split).epoch(0), measures_of(self.config.trainer.evaluation))
+        cut, measures = self.config.record_split or self.moments, measures_of(self.config.trainer.evaluation)
+        counts = popularity(self.dataset, self.training_split, cut).to(self.world.device)
+        task = self.config.task
+        if isinstance(task, RetrievalConfig) and task.split == "record":
+            counted = CountedTargets(measures, 1.0, task.records.scored)
+            return evaluate_target_popularity(counts, self.loader(split).epoch(0), counted)
+        return evaluate_popularity(counts, self.loader(split).epoch(0), measures)
 
 
 def retrieval_moments(dataset: SequenceDataset, task: TaskConfig) -> Moments | None:
@@ -181,7 +199,7 @@ def retrieval_moments(dataset: SequenceDataset, task: TaskConfig) -> Moments | N
     Raises:
         UserError: a part has no sequence with something to predict.
     """
-    if not isinstance(task, RetrievalConfig) or task.split == "leave_one_out":
+    if not isinstance(task, RetrievalConfig) or task.split != "time":
         return None
     moments = moments_of(dataset, task.validation_share, task.test_share)
     for split in (Split.TRAIN, Split.VALIDATION, Split.TEST):

@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from hstu_dist.actions import action_fields
 from hstu_dist.data.balance import CostLaw
+from hstu_dist.data.record_split import RecordSplit
 from hstu_dist.data.split import Moments, Split
 from hstu_dist.plugins import PluginConfig
 from hstu_dist.validation import STRICT
@@ -223,6 +224,62 @@ class SyntheticZipfConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class AppendixCConfig:
+    """The made-up stream of arXiv 2402.17152, Appendix C; what the paper leaves open has a key.
+
+    Records of equal length follow each other while new items open. A record has a few categories, a prior H_c over them
+    and a concentration alpha, uniform from 1 on; its n-th event has, with probability alpha / (alpha + n - 1), a
+    category from the prior, and else that of one of its earlier events, and is an open item of the category.
+
+    Attributes:
+        kind: `appendix_c`.
+        path: folder of the prepared data set; empty: data/<kind>.
+        max_length: history tokens given to the model.
+        window, stochastic_length: which inputs training sees, as for other data sets.
+        num_records: sequences.
+        record_length: events of each.
+        num_items: item ids are 0 to num_items - 1.
+        num_categories: each item has one.
+        item_law: categories of items: even, as many of each among ids that follow each other; or random.
+        open_share: of the ids, those that exist at the first record; the share grows linearly to 1.
+        max_categories: of a record.
+        count_law: how many a record has: uniform, 1 to max_categories; or always that many (max).
+        prior: H_c: simplex, uniform over all distributions (Dirichlet with parameters 1); or even, all alike.
+        max_concentration: alpha is uniform from 1 to this.
+        seed: determines every event.
+    """
+
+    kind: Literal["appendix_c"] = "appendix_c"
+    path: str = ""
+    max_length: int = Field(default=127, gt=0)
+    window: WindowName = "recent"
+    stochastic_length: StochasticLengthConfig | None = None
+    num_records: int = Field(default=1_000_000, gt=0)
+    record_length: int = Field(default=128, gt=1)
+    num_items: int = Field(default=20_000, gt=0, le=2**31)
+    num_categories: int = Field(default=100, gt=0)
+    item_law: Literal["even", "random"] = "random"
+    open_share: float = Field(default=0.4, gt=0, le=1)
+    max_categories: int = Field(default=5, gt=0)
+    count_law: Literal["uniform", "max"] = "uniform"
+    prior: Literal["simplex", "even"] = "simplex"
+    max_concentration: float = Field(default=500.0, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+    def __post_init__(self) -> None:
+        _fill_path(self)
+        if self.max_categories > self.num_categories:
+            raise ValueError(
+                f"max_categories: got {self.max_categories}, expected at most num_categories ({self.num_categories})"
+            )
+        if self.open_share * self.num_items < self.num_categories:
+            raise ValueError(
+                f"num_categories: got {self.num_categories}, expected at most the "
+                f"{self.open_share * self.num_items:g} items that are open at first (open_share x num_items)"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class PluginDataConfig(PluginConfig):
     """Events from code of the user's own; see `data.plugin_source`.
 
@@ -265,7 +322,7 @@ class PreparationConfig:
         return max((available or 4 << 30) // 2, 3 << 28)
 
 
-DataSetConfig = MovieLensConfig | AmazonConfig | EventsConfig | SyntheticZipfConfig | PluginDataConfig
+DataSetConfig = MovieLensConfig | AmazonConfig | EventsConfig | SyntheticZipfConfig | AppendixCConfig | PluginDataConfig
 """Any data set that `prepare` can make."""
 
 DataConfig = Annotated[DataSetConfig, Field(discriminator="kind")]
@@ -328,7 +385,8 @@ class LoaderConfig:
         cost: work of a sequence by its length, what batching by FLOPs and balancing go by.
         stochastic_length: random subsequences; None: whole histories.
         emission: which sequences an epoch has; None: all of them.
-        moments: where a split by time cuts; None: leave-one-out.
+        moments: where a split by time cuts; None: by sequence or leave-one-out.
+        records: split of whole sequences; None: by time or leave-one-out.
         targets: what an input is to predict: the next event, or with `moments` its own action.
     """
 
@@ -343,6 +401,7 @@ class LoaderConfig:
     stochastic_length: StochasticLengthConfig | None = None
     emission: EmissionConfig | None = None
     moments: Moments | None = None
+    records: RecordSplit | None = None
     targets: Literal["next", "own"] = "next"
 
     def __post_init__(self) -> None:
@@ -357,7 +416,16 @@ def prepare_command(config: DataSetConfig) -> str:
     if isinstance(config, PluginDataConfig):
         words += [f"data.target={config.target}", f"plugins=[{config.target.partition(':')[0]}]"]
     words += [f"data.path={config.path}"] if config.path != _default_path(config.kind) else []
+    if isinstance(config, AppendixCConfig):
+        # its settings are all there is of it
+        words += [f"data.{name}={value}" for name, value in vars(config).items() if _decides(config, name)]
     return " ".join(words)
+
+
+def _decides(config: AppendixCConfig, name: str) -> bool:
+    """Whether a setting makes another stream than the default."""
+    read = ("kind", "path", "max_length", "window", "stochastic_length")
+    return name not in read and getattr(config, name) != getattr(type(config), name, None)
 
 
 def _default_path(kind: str) -> str:

@@ -17,6 +17,7 @@ from hstu_dist.data.balance import Imbalance
 from hstu_dist.data.config import LoaderConfig
 from hstu_dist.data.dataset import Ints, SequenceDataset
 from hstu_dist.data.epoch import EpochLayout, EpochPlanner
+from hstu_dist.data.record_split import RecordSplit
 from hstu_dist.data.split import Moments, Rows, Split, part_lengths, recent_rows
 from hstu_dist.data.stochastic_length import History, spans
 from hstu_dist.data.time_split import first_events, own_action_rows
@@ -142,13 +143,15 @@ def _following(values: Ints, lasts: tuple[Ints, Ints], column: Ints) -> Ints:
     return following
 
 
-def popularity(dataset: SequenceDataset, split: Split = Split.TRAIN, moments: Moments | None = None) -> torch.Tensor:
+def popularity(
+    dataset: SequenceDataset, split: Split = Split.TRAIN, cut: Moments | RecordSplit | None = None
+) -> torch.Tensor:
     """How often each item occurs among the events that a retrieval model may train on; [num_items] int64.
 
     Args:
         dataset: all of its sequences count, also those too short to train on.
         split: TRAIN, or TRAIN_VALIDATION after a refit.
-        moments: where a split by time cuts; None: leave-one-out.
+        cut: where a split by time or of whole sequences cuts; None: leave-one-out.
 
     Raises:
         ValueError: a split that holds evaluation targets.
@@ -156,7 +159,7 @@ def popularity(dataset: SequenceDataset, split: Split = Split.TRAIN, moments: Mo
     if split not in (Split.TRAIN, Split.TRAIN_VALIDATION):
         raise ValueError(f"split: got {split}, expected train or train_validation")
     counts = np.zeros(dataset.num_items, dtype=np.int64)
-    ends = _parts(dataset, split, moments)
+    ends = _parts(dataset, split, cut)
     for first in range(0, dataset.num_sequences, _SEQUENCES_AT_ONCE):
         here = slice(first, first + _SEQUENCES_AT_ONCE)
         events = spans(dataset.offsets[:-1][here], ends[here])
@@ -168,11 +171,15 @@ def popularity(dataset: SequenceDataset, split: Split = Split.TRAIN, moments: Mo
 def _rows_of(dataset: SequenceDataset, config: LoaderConfig) -> Rows:
     if config.moments is not None and config.targets == "own":
         return own_action_rows(dataset, config.moments, config.split, config.max_length)
-    return recent_rows(_parts(dataset, config.split, config.moments), config.max_length)
+    return recent_rows(_parts(dataset, config.split, config.records or config.moments), config.max_length)
 
 
-def _parts(dataset: SequenceDataset, split: Split, moments: Moments | None) -> Ints:
+def _parts(dataset: SequenceDataset, split: Split, cut: Moments | RecordSplit | None) -> Ints:
     """[S] int64, how many of each sequence's first events belong to a split whose targets are next events."""
-    if moments is None:
-        return part_lengths(dataset.lengths, split)
-    return first_events(dataset, moments, split)
+    match cut:
+        case None:
+            return part_lengths(dataset.lengths, split)
+        case RecordSplit():
+            return cut.parts(dataset.lengths, split)
+        case Moments():
+            return first_events(dataset, cut, split)

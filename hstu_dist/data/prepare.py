@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from hstu_dist.data.amazon import Amazon
+from hstu_dist.data.appendix_c import AppendixC
 from hstu_dist.data.config import (
     AmazonConfig,
+    AppendixCConfig,
     DataSetConfig,
     Duplicates,
     EventsConfig,
@@ -42,7 +44,7 @@ from hstu_dist.data.statistics import describe
 from hstu_dist.data.synthetic import SyntheticZipf
 from hstu_dist.data.user_features import UserFeatures, features_fingerprint
 from hstu_dist.data.workspace import Workspace, workspace
-from hstu_dist.data.writer import exclusive, link, os_errors_of, replacing, write_sequences
+from hstu_dist.data.writer import exclusive, link, os_errors_of, replacing
 from hstu_dist.errors import UserError
 from hstu_dist.files import write_atomically
 from hstu_dist.machine import memory_per_rank
@@ -56,6 +58,7 @@ _log = logging.getLogger(__name__)
 
 
 EventSource = MovieLens | Amazon | EventLog | PluginSource
+_Synthetic = SyntheticZipf | AppendixC
 
 
 def prepare(config: DataSetConfig, how: PreparationConfig | None = None) -> Manifest:
@@ -89,9 +92,9 @@ def prepare(config: DataSetConfig, how: PreparationConfig | None = None) -> Mani
             shutil.rmtree(root, ignore_errors=True)
             _log.info("%s: prepared by another process (%s)", target, _summary(manifest))
             return manifest
-        if isinstance(source, SyntheticZipf):
+        if isinstance(source, _Synthetic):
             with replacing(target) as folder:
-                write_sequences(folder, source.read())
+                source.write(folder)
                 manifest = _finish(folder, made_from)
         else:
             with os_errors_of(target), workspace(root, made_from) as work:
@@ -107,7 +110,7 @@ def prepare(config: DataSetConfig, how: PreparationConfig | None = None) -> Mani
     return manifest
 
 
-def _made_from(config: DataSetConfig, source: EventSource | SyntheticZipf) -> dict[str, Any]:
+def _made_from(config: DataSetConfig, source: EventSource | _Synthetic) -> dict[str, Any]:
     """What of the manifest is known before anything is read."""
     recipe = {name: value for name, value in asdict(config).items() if name not in _NOT_CONTENT | _APART}
     made_from: dict[str, Any] = {"name": config.kind, "recipe": recipe, "sources": source.fingerprint()}
@@ -159,7 +162,7 @@ def _engine(how: PreparationConfig, memory: int, scratch: Path) -> Iterator[Engi
             yield duckdb
 
 
-def _source(config: DataSetConfig) -> EventSource | SyntheticZipf:
+def _source(config: DataSetConfig) -> EventSource | _Synthetic:
     match config:
         case MovieLensConfig():
             return MovieLens(config)
@@ -169,13 +172,15 @@ def _source(config: DataSetConfig) -> EventSource | SyntheticZipf:
             return EventLog(config)
         case SyntheticZipfConfig():
             return SyntheticZipf(config)
+        case AppendixCConfig():
+            return AppendixC(config)
         case PluginDataConfig():
             return PluginSource(config)
 
 
 def _cleaning(config: DataSetConfig) -> Cleaning:
     match config:
-        case MovieLensConfig() | SyntheticZipfConfig() | PluginDataConfig():
+        case MovieLensConfig() | SyntheticZipfConfig() | AppendixCConfig() | PluginDataConfig():
             return Cleaning()
         case AmazonConfig():
             return Cleaning(duplicates=Duplicates.DROP, min_user_events=5, min_item_events=5)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from hstu_dist.data.config import SyntheticZipfConfig
-from hstu_dist.data.writer import Sequences
+from hstu_dist.data.writer import Sequences, write_sequences
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -30,6 +31,10 @@ class SyntheticZipf:
     def fingerprint(self) -> dict[str, str]:
         """No inputs: the settings say everything."""
         return {}
+
+    def write(self, folder: Path) -> None:
+        """Vocabularies, Parquet and flat columns."""
+        write_sequences(folder, self.read())
 
     def read(self) -> Sequences:
         """All sequences. Every item id below num_items is in the vocabulary, also those that nobody drew.

@@ -6,7 +6,7 @@ import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,20 +200,43 @@ def row_groups(lengths: Ints) -> Iterator[Ints]:
 def write_sequences(folder: Path, sequences: Sequences) -> None:
     """Write sequences that are in memory: vocabularies, Parquet and flat columns."""
     lengths = np.diff(sequences.offsets)
-    counts = np.bincount(sequences.item_ids, minlength=len(sequences.items))
-    for name, raw, events in ((USERS_FILE, sequences.users, lengths), (ITEMS_FILE, sequences.items, counts)):
-        with closing(VocabularyWriter(folder / name, raw.type)) as vocabulary:
-            vocabulary.write(raw, pa.array(events.astype(np.int64)))
+    write_pieces(folder, (sequences.users, sequences.items), lengths, _pieces(sequences, lengths))
+
+
+Piece = tuple[Ints, Mapping[str, npt.NDArray[Any]]]
+"""[S] lengths of consecutive sequences, and the columns [E] of their events."""
+
+
+def write_pieces(folder: Path, vocabularies: tuple[pa.Array, pa.Array], lengths: Ints, pieces: Iterable[Piece]) -> None:
+    """Write sequences that come in pieces: vocabularies, Parquet and flat columns.
+
+    Args:
+        folder: of the data set.
+        vocabularies: raw ids of users and of items, as in `Sequences`.
+        lengths: [U] of all sequences.
+        pieces: of all sequences, a row group each.
+    """
+    users, items = vocabularies
+    counts = np.zeros(len(items), dtype=np.int64)
     (folder / FLAT_FOLDER).mkdir()
-    event = 0
     with (
-        closing(FlatWriter(folder / FLAT_FOLDER, len(lengths), len(sequences.item_ids))) as flat,
+        closing(FlatWriter(folder / FLAT_FOLDER, len(lengths), int(lengths.sum()))) as flat,
         closing(SequenceWriter(folder / SEQUENCES_FILE, flat, 0, 0)) as writer,
     ):
-        for group in row_groups(lengths):
-            end = event + int(group.sum())
-            writer.write(group, {name: getattr(sequences, name)[event:end] for name in SEQUENCE_SCHEMA.names[1:]})
-            event = end
+        for group, columns in pieces:
+            writer.write(group, columns)
+            counts += np.bincount(columns["item_ids"], minlength=len(items))
+    for name, raw, events in ((USERS_FILE, users, lengths), (ITEMS_FILE, items, counts)):
+        with closing(VocabularyWriter(folder / name, raw.type)) as vocabulary:
+            vocabulary.write(raw, pa.array(events.astype(np.int64)))
+
+
+def _pieces(sequences: Sequences, lengths: Ints) -> Iterator[Piece]:
+    event = 0
+    for group in row_groups(lengths):
+        end = event + int(group.sum())
+        yield group, {name: getattr(sequences, name)[event:end] for name in SEQUENCE_SCHEMA.names[1:]}
+        event = end
 
 
 def _parquet_writer(file: Path, schema: pa.Schema) -> pq.ParquetWriter:

@@ -136,24 +136,47 @@ class DLRMConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class RecordSplitConfig:
+    """Which sequences a split of whole sequences trains and evaluates on.
+
+    Attributes:
+        train: the most recent so many before those held out; null: all.
+        in_order: a pass goes through them in the order of the data set, instead of a new random one.
+        evaluated: so many of a held-out part, evenly spread over it; null: all.
+        scored: targets of each of them that count, the last ones; null: all that have inputs.
+    """
+
+    train: int | None = Field(default=None, gt=0)
+    in_order: bool = False
+    evaluated: int | None = Field(default=None, gt=0)
+    scored: int | None = Field(default=None, gt=0)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class RetrievalConfig:
     """The model predicts the next item.
 
     Attributes:
         split: what is held out. leave_one_out: the last event of every user for testing, the one before for validation.
             time: of all events, in order of time, the last `test_share` and the `validation_share` before them; of
-            these the first of every user is predicted, from what the user did before.
-        validation_share: of all events; by time only.
-        test_share: of all events; by time only.
+            these the first of every user is predicted, from what the user did before. record: whole sequences, by their
+            order in the data set; their events are predicted one by one, repeats included, and the loss over all items
+            is measured beside the ranks.
+        validation_share: of all events, or sequences; not for leave_one_out.
+        test_share: of all events, or sequences; not for leave_one_out.
+        records: more about split=record.
     """
 
     kind: Literal["retrieval"] = "retrieval"
-    split: Literal["leave_one_out", "time"] = "leave_one_out"
+    split: Literal["leave_one_out", "time", "record"] = "leave_one_out"
     validation_share: float = Field(default=0.1, gt=0, lt=1)
     test_share: float = Field(default=0.1, gt=0, lt=1)
+    records: RecordSplitConfig = Field(default_factory=RecordSplitConfig)
 
     def __post_init__(self) -> None:
         _check_shares(self.validation_share, self.test_share)
+        if self.split != "record" and self.records != RecordSplitConfig():
+            raise ValueError(f"records: got settings with split={self.split}, expected split=record")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

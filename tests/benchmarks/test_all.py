@@ -86,7 +86,7 @@ def test_the_default_leaves_out_what_takes_hours_or_needs_a_command(
     runs = FakeRuns(tmp_path, {})
     monkeypatch.setattr(all_benchmarks, "run_group", runs)
     assert main(["all", "--skip", "kernels", "--quick", "--device", "cpu", "--output", str(tmp_path)]) == 0
-    assert runs.ran == [name for name in BENCHMARKS if name not in ("ml1m", "external", "all", "gpu", "kernels")]
+    assert runs.ran == [name for name in BENCHMARKS if name not in (*all_benchmarks.LEFT_OUT, "kernels")]
 
 
 def test_nothing_to_run_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:

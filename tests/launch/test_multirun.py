@@ -17,6 +17,7 @@ from hydra_plugins.hstu_dist_launcher import HstuDistLauncher
 from launch.__main__ import main
 from launch.multirun import Cell, Sweep, fixed_settings, hand_to_sweeper
 from tests.launch.runs import REPOSITORY, Started
+from tests.scaling.cases import write_run
 from tests.tiny import result_of, tiny_overrides
 
 
@@ -187,3 +188,29 @@ def test_a_failed_cell_stops_nobody_and_finished_ones_are_skipped(tiny_data: Pat
         test = result_of(tmp_path / row["run"])["test"]
         assert {name: row[f"test/{name}"] for name in test} == test
         assert f"{test['ndcg@10']:.4f}" in again.out
+
+
+def test_the_cost_is_said_before_anything_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["-m", "--dry-run", "+sweep=scaling", "size=s01,s02", "experiment=scaling_hstu"]) == 0
+    first, *cells = capsys.readouterr().out.splitlines()
+    assert first == "1.14e+11 training FLOPs in 2 cells; 0 are done"
+    assert cells[:2] == ["  scaling_hstu_size-s01: 3e+10", "  scaling_hstu_size-s02: 8.41e+10"]
+
+
+def test_the_ladder_has_two_seeds_of_its_small_half() -> None:
+    cells = cells_of(["+sweep=scaling"])
+    names = {cell.config.name for cell in cells}
+    assert len(names) == 24 and {cell.config.output for cell in cells} == {"runs/scaling"}
+    assert {f"scaling_hstu_size-s0{rung}_seed2" for rung in range(1, 5)} < names
+    assert len(cells_of(["+sweep=isoflop"])) == 16
+
+
+def test_a_finished_cell_with_other_settings_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path, "scaling_hstu", "s01")
+    command = ["-m", "experiment=scaling_hstu", "size=s01", f"output={tmp_path}", "name=scaling_hstu_s01"]
+    assert main([*command, "--dry-run"]) == 0
+    assert "0 training FLOPs in 0 cells; 1 are done" in capsys.readouterr().out
+    assert main([*command, "optimizer.learning_rate=0.7"]) == 2
+    assert "scaling_hstu_s01: has finished with other settings (optimizer.learning_rate: 0.01 -> 0.7)" in (
+        capsys.readouterr().err
+    )

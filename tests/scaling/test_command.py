@@ -1,0 +1,111 @@
+"""`scale fit` and `scale plan` on the folders of a sweep, and every way in which a sweep can be unfit."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from hstu_dist.__main__ import main
+from tests.scaling.cases import LAWS, SIZES, write_run, write_sweep
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep")
+    write_sweep(folder)
+    return folder
+
+
+@pytest.fixture
+def copied(sweep: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sweep, tmp_path / "copy"))
+
+
+def fitted(folder: Path, metric: str = "loss") -> dict[str, object]:
+    assert main(["scale", "fit", str(folder), "--metric", metric]) == 0
+    found: dict[str, object] = json.loads((folder / "fit" / f"{metric.replace('@', '_at_')}.json").read_text())
+    return found
+
+
+def test_laws_are_found_and_the_largest_run_is_predicted(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = fitted(copied)
+    for family in document["families"]:  # type: ignore[attr-defined]
+        assert family["r_squared"] > 0.999
+        assert family["held_out"]["runs"] == [f"{family['family']}_s06"]
+        assert abs(family["held_out"]["error"]) < 1e-3
+        assert family["parameters"]["E"] == pytest.approx(LAWS[family["family"]].floor, rel=0.01)
+    table = pq.read_table(copied / "fit" / "loss.parquet").to_pydict()
+    assert len(table["run"]) == len(LAWS) * len(SIZES) and min(table["test/loss"]) > 4.2
+    for suffix in ("png", "svg", "md"):
+        assert (copied / "fit" / f"loss.{suffix}").stat().st_size > 500
+    assert "| scaling_hstu | E = 4.2" in capsys.readouterr().out
+
+
+def test_hit_rates_have_a_law_of_their_own(copied: Path) -> None:
+    document = fitted(copied, "hr@10")
+    assert [family["law"] for family in document["families"]] == ["logarithm"] * 2  # type: ignore[attr-defined]
+
+
+def test_a_target_becomes_compute_a_model_and_gpu_days(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fitted(copied)
+    capsys.readouterr()
+    assert main(["scale", "plan", str(copied), "cluster=h100x8", "--target-loss", "4.25"]) == 0
+    shown = capsys.readouterr().out
+    needed = float(re.search(r"scaling_hstu: loss 4.25 takes (\S+) FLOPs", shown)[1])  # type: ignore[index]
+    assert needed == pytest.approx(LAWS["scaling_hstu"].compute_for(4.25), rel=0.3)
+    assert "scaling_sasrec: never reaches loss 4.25, its law ends at 4.3" in shown
+    assert "at least" in shown and "GPU-days on 8 x H100 SXM (h100x8)" in shown and "size=s" in shown
+    assert main(["scale", "plan", str(copied), "cluster=h100x8", "--target-loss", "3"]) == 2
+    assert "no family reaches it" in capsys.readouterr().err
+
+
+def test_too_few_finished_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for size in SIZES[:3]:
+        write_run(tmp_path, "scaling_hstu", size)
+    assert main(["scale", "fit", str(tmp_path)]) == 2
+    assert "got 3 finished cells with loss, expected at least 4" in capsys.readouterr().err
+    assert not (tmp_path / "fit").exists()
+    assert main(["scale", "fit", str(tmp_path / "nowhere")]) == 2
+    assert "got no runs" in capsys.readouterr().err
+
+
+def test_data_sets_do_not_mix(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_run(copied, "scaling_hstu", "s07", words=["data.num_items=3000"])
+    (copied / "cells.json").unlink()
+    assert main(["scale", "fit", str(copied)]) == 2
+    error = capsys.readouterr().err
+    assert "were trained on different data sets" in error and config.name in error
+
+
+def test_what_is_left_out_is_said(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(copied, "scaling_hstu", "s03", test={"loss": float("nan"), "hr@10": 0.1})
+    write_run(copied, "scaling_hstu", "s02", words=["name=another"])
+    unfinished = write_run(copied, "scaling_hstu", "s07")
+    (copied / unfinished.name / "result.json").unlink()
+    changed = copied / "scaling_sasrec_s02" / "config.yaml"
+    changed.write_text(changed.read_text().replace("learning_rate: 0.01", "learning_rate: 0.5"))
+    excluded = "\n".join(fitted(copied)["excluded"])  # type: ignore[arg-type]
+    assert "scaling_hstu_s03: excluded, its loss is nan" in excluded
+    assert re.search(r"(another|scaling_hstu_s02): excluded, repeats (scaling_hstu_s02|another)", excluded)
+    assert "scaling_hstu_s07: excluded, has not finished" in excluded
+    assert "scaling_sasrec_s02: excluded, its settings were changed under the result" in excluded
+    assert "optimizer.learning_rate: 0.5 -> 0.01" in excluded
+    assert all(line in (copied / "fit" / "loss.md").read_text() for line in excluded.splitlines())
+    assert excluded.splitlines()[0] in capsys.readouterr().out
+
+
+def test_mistakes_of_the_command(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, expected in (
+        (["fit", str(sweep), "seed=1"], "scale fit: got seed=1"),
+        (["fit", str(sweep), "--target", "3"], "plan needs a value to reach"),
+        (["plan", str(sweep)], "plan needs a value to reach"),
+        (["plan", str(sweep / "x"), "cluster=h100x8", "--target", "3"], "fit it first"),
+        (["fit", str(sweep), "--metric", "hr@7"], "got 0 finished cells with hr@7"),
+    ):
+        assert main(["scale", *words]) == 2
+        assert expected in capsys.readouterr().err
