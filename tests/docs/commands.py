@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 from pydantic import TypeAdapter
 
 from benchmarks.__main__ import BENCHMARKS
@@ -15,7 +16,7 @@ from hstu_dist.__main__ import _parser as parser_of_the_package
 from hstu_dist.commands.plan import settings_of
 from hstu_dist.commands.prepare import PrepareConfig
 from hstu_dist.commands.use import USES, Words
-from hstu_dist.config import compose, compose_dict
+from hstu_dist.config import compose, compose_dict, conf_dir
 from launch.__main__ import _in_full, _split_dry_run
 from launch.__main__ import _parser as parser_of_the_launcher
 from tests.docs.pages import ROOT
@@ -31,6 +32,8 @@ def check(words: Sequence[str]) -> None:
     words = [word for word in words if not re.fullmatch(r"[A-Z_]+=\S*|[a-z]+=\$!", word)]
     if not words:
         return
+    if words[0] == "nice":
+        words = words[3:]
     program = words[0].rpartition("/")[2]
     if program == "torchrun":
         module = words.index("-m")
@@ -101,6 +104,11 @@ def _first_cell(overrides: Sequence[str]) -> Iterator[str]:
     for override in OverridesParser.create().parse_overrides(overrides=list(overrides)):
         key = override.get_key_element()
         if key.startswith("hydra"):
+            continue
+        if key.lstrip("+") == "sweep":
+            file = conf_dir() / "sweep" / f"{override.get_value_element_as_str()}.yaml"
+            for name, values in OmegaConf.load(file).hydra.sweeper.params.items():
+                yield f"{name}={values.partition(',')[0]}"
             continue
         if override.is_discrete_sweep():
             yield f"{key}={next(iter(override.sweep_string_iterator()))}"
