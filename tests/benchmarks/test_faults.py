@@ -135,7 +135,7 @@ def test_there_are_enough_kinds_and_faults() -> None:
 def _marks(name: str) -> list[pytest.MarkDecorator]:
     marks = [pytest.mark.slow, pytest.mark.distributed]
     # one for every run of the tests, the others in the long ones
-    return marks if name == "first machine's agent killed" else [*marks, pytest.mark.long]
+    return marks if name == "worker killed" else [*marks, pytest.mark.long]
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=_marks(name)) for name in KINDS])

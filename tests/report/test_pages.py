@@ -51,7 +51,7 @@ def checkout(tmp_path: Path) -> Checkout:
 def test_the_short_page_shows_chosen_rows_and_what_was_missed(checkout: Checkout) -> None:
     shown = summary(checkout)
     assert "| hstu | refit | 0.3 |" in shown and "0.125" not in shown
-    missed = "hstu, hr@10, refit / perfect: 0.3000 of 0.31"
+    missed = "hr@10, refit / perfect: 0.3000 of 0.31 (hstu)"
     assert f"| MovieLens-1M |  | 0 of 1 | {missed} | test chip, 2000-01-02 |" in shown
     # nothing to hold it to
     assert "| unknown thing |  |  |  | test chip, 2000-01-02 |" in shown and "new / old" not in shown
