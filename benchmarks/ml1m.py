@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks import study
-from benchmarks.ml1m_cells import Cell, Run, is_current, write_cell, write_summary
+from benchmarks.ml1m_cells import Cell, is_current, write_cell, write_summary
 from benchmarks.study import StudyOptions, TinyStudy
+from benchmarks.study_cells import Run
 from hstu_dist.config import compose
 from hstu_dist.errors import ExitCode
 from launch.__main__ import main as launch
@@ -58,7 +59,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the cells that are missing, seed by seed, then writes the summary of all that exist."""
-    shared = Study.of("ml1m", options, _tiny())
+    tiny = study.tiny_settings("ml1m", options.output, _tiny()) if options.quick else []
+    shared = Study.of("ml1m", options, tiny)
     return study.run_cells(
         # the first seed of everything first: the summary is useful as soon as possible
         [Cell(experiment, seed) for seed in options.seeds for experiment in options.experiments],

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks import study
-from benchmarks.ml1m_cells import Run
 from benchmarks.ranking_cells import Cell, is_current, write_cell, write_summary
 from benchmarks.study import StudyOptions, TinyStudy
+from benchmarks.study_cells import Run
 from hstu_dist.config import compose
 from hstu_dist.errors import ExitCode
 from launch.__main__ import main as launch
@@ -66,7 +66,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the cells that are missing, then writes the summary of all that exist."""
-    shared = Study.of("ranking", options, _tiny())
+    tiny = study.tiny_settings("ranking", options.output, _tiny()) if options.quick else []
+    shared = Study.of("ranking", options, tiny)
     cells = {
         "hstu": [Cell("hstu", seed) for seed in options.seeds],
         "baselines": [Cell(contender, seed) for seed in options.seeds for contender in MAIN if contender != "hstu"],

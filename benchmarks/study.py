@@ -1,4 +1,4 @@
-"""What the studies on MovieLens-1M share: cells, a run or two each, that are measured once and skipped from then on."""
+"""Studies: cells, a run or two each, that are measured once and skipped from then on."""
 
 from __future__ import annotations
 
@@ -69,25 +69,21 @@ class StudyOptions:
     command: str
 
     @classmethod
-    def of(cls, name: str, options: argparse.Namespace, tiny: TinyStudy) -> Self:
-        """As the command line says; `tiny` is the study of --quick."""
+    def of(cls, name: str, options: argparse.Namespace, own: Sequence[str]) -> Self:
+        """As the command line says; `own`: settings of the study itself."""
         runs = options.runs or (options.output / f"{name}_runs" if options.quick else Path("runs") / name)
         settings = [f"nproc={options.nproc}", f"trainer.device={options.device.type}"]
         if options.threads is not None:
             settings.append(f"trainer.threads={options.threads}")
-        if options.quick:
-            data = _prepared(options.output, name, tiny)
-            settings += [*_TINY, f"data.max_length={tiny.max_length}", f"trainer.epochs={tiny.epochs}"]
-            settings.append(f"data.path={data}")
-        return cls(settings=tuple(settings), runs=runs, output=options.output, command=options.command)
+        return cls(settings=(*settings, *own), runs=runs, output=options.output, command=options.command)
 
 
-def add_options(parser: argparse.ArgumentParser, name: str) -> None:
-    """Options of every study."""
+def add_options(parser: argparse.ArgumentParser, name: str, nproc: int = 2) -> None:
+    """Options of every study, which has `nproc` ranks unless told otherwise."""
     parser.add_argument(
         "--seeds", nargs="+", type=positive, default=[1, 2, 3], metavar="SEED", help="seeds (default: 1 2 3)"
     )
-    parser.add_argument("--nproc", type=positive, default=2, help="ranks of a run (default: %(default)s)")
+    parser.add_argument("--nproc", type=positive, default=nproc, help="ranks of a run (default: %(default)s)")
     parser.add_argument(
         "--runs", type=Path, help=f"folder of the runs (default: runs/{name}, with --quick beside output)"
     )
@@ -122,14 +118,15 @@ def run_cells(cells: Iterable[AnyCell], measure: Callable[[AnyCell], int], summa
     return 0
 
 
-def _prepared(folder: Path, name: str, tiny: TinyStudy) -> Path:
-    """The data set of a tiny study."""
-    target = folder / f"{name}_data"
-    folder.mkdir(parents=True, exist_ok=True)
-    events = folder / f"{name}_events.csv"
+def tiny_settings(name: str, output: Path, tiny: TinyStudy) -> list[str]:
+    """Prepares the data set of a study of seconds and gives the settings of its runs."""
+    target = output / f"{name}_data"
+    output.mkdir(parents=True, exist_ok=True)
+    events = output / f"{name}_events.csv"
     events.write_text("\n".join(tiny.events) + "\n")
     config = EventsConfig(
         input=str(events), path=str(target), max_length=tiny.max_length, action_column=tiny.action_column
     )
     prepare(config)
-    return target
+    own = [f"data.max_length={tiny.max_length}", f"trainer.epochs={tiny.epochs}", f"data.path={target}"]
+    return [*_TINY, *own]

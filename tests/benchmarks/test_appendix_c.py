@@ -11,7 +11,7 @@ import pytest
 from benchmarks import appendix_c
 from benchmarks.__main__ import main
 from benchmarks.appendix_c import CONTENDERS, Cell, Study, write_cell, write_summary
-from benchmarks.ml1m_cells import Run
+from benchmarks.study_cells import Run
 from hstu_dist.commands.scale_cells import training_compute
 from hstu_dist.config import compose
 from hstu_dist.models.flops import count_parameters

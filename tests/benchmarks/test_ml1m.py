@@ -11,7 +11,8 @@ import pytest
 
 from benchmarks import ml1m, ml1m_cells
 from benchmarks.__main__ import main
-from benchmarks.ml1m_cells import CHOSEN, HELD_OUT, REFERENCE, REFIT, Cell, Run, is_current, write_cell, write_summary
+from benchmarks.ml1m_cells import CHOSEN, HELD_OUT, REFERENCE, REFIT, Cell, is_current, write_cell, write_summary
+from benchmarks.study_cells import Run
 from hstu_dist.config import RunConfig, compose
 from hstu_dist.errors import UserError
 from hstu_dist.report import results

@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks import ranking
 from benchmarks.__main__ import main
-from benchmarks.ml1m_cells import Run
 from benchmarks.ranking_cells import AVERAGES, CASE, Cell, is_current, write_cell, write_summary
+from benchmarks.study_cells import Run
 from hstu_dist.config import RunConfig, compose
 from hstu_dist.report.results import load
 
