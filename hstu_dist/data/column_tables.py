@@ -17,7 +17,7 @@ from hstu_dist.errors import UserError
 from hstu_dist.files import is_disk_full
 
 # a missing value in a CSV file; a quoted one is taken as text
-NULL_TEXTS = ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "None")
+_NULL_TEXTS = ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "None")
 _ROWS_AT_ONCE = 1 << 20
 _READ_AHEAD_BYTES = 8 << 20
 
@@ -96,26 +96,29 @@ def _parquet(filesystem: fs.FileSystem, path: str) -> Iterator[pq.ParquetFile]:
         yield parquet
 
 
-def _copy_csv(file: LogFile, names: list[str], copy: Path) -> None:
-    """The named columns of a CSV file as a Parquet file of texts.
-
-    As text, because a type guessed from the first rows could round ids or fail on a later row.
+def as_text(names: list[str]) -> pa_csv.ConvertOptions:
+    """How columns of a CSV file are read: as text, because a type guessed from the first rows
+    could round ids or fail on a later row.
     """
-    parse = pa_csv.ParseOptions(delimiter="\t" if ".tsv" in file.path.lower() else ",")
-    with file.filesystem.open_input_stream(file.path) as stream, pa_csv.open_csv(stream, parse_options=parse) as reader:
-        _check_columns(file, reader.schema.names, names)
-    convert = pa_csv.ConvertOptions(
+    return pa_csv.ConvertOptions(
         include_columns=names,
         column_types={name: pa.string() for name in names},
-        null_values=list(NULL_TEXTS),
+        null_values=list(_NULL_TEXTS),
         strings_can_be_null=True,
         quoted_strings_can_be_null=False,
     )
+
+
+def _copy_csv(file: LogFile, names: list[str], copy: Path) -> None:
+    """The named columns of a CSV file as a Parquet file of texts."""
+    parse = pa_csv.ParseOptions(delimiter="\t" if ".tsv" in file.path.lower() else ",")
+    with file.filesystem.open_input_stream(file.path) as stream, pa_csv.open_csv(stream, parse_options=parse) as reader:
+        _check_columns(file, reader.schema.names, names)
     schema = pa.schema([(name, pa.string()) for name in names])
     read = pa_csv.ReadOptions(block_size=_READ_AHEAD_BYTES)
     with (
         file.filesystem.open_input_stream(file.path) as stream,
-        pa_csv.open_csv(stream, read_options=read, parse_options=parse, convert_options=convert) as reader,
+        pa_csv.open_csv(stream, read_options=read, parse_options=parse, convert_options=as_text(names)) as reader,
         pq.ParquetWriter(copy, schema, compression="zstd") as writer,
     ):
         for batch in reader:

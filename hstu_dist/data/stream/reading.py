@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from hstu_dist.data.column_tables import NULL_TEXTS
+from hstu_dist.data.column_tables import as_text
 from hstu_dist.data.columns import Column, Reading, actions_of, ids_of, is_text, reading_of, times_of
 from hstu_dist.data.log_files import CSV_SUFFIXES, PARQUET_SUFFIXES
 from hstu_dist.data.stream.config import StreamConfig
@@ -146,16 +146,8 @@ def _parse_csv(path: str, content: bytes, names: list[str]) -> pa.Table:
     header = plain.split(b"\n", 1)[0].decode("utf-8", "replace").strip()
     delimiter = "\t" if ".tsv" in path.lower().rsplit("/", 1)[-1] else ","
     _check_columns([name.strip('"') for name in header.split(delimiter)], names)
-    # as text: a type guessed from the first rows could round ids or fail on a later row
-    convert = pa_csv.ConvertOptions(
-        include_columns=names,
-        column_types={name: pa.string() for name in names},
-        null_values=list(NULL_TEXTS),
-        strings_can_be_null=True,
-        quoted_strings_can_be_null=False,
-    )
     parse = pa_csv.ParseOptions(delimiter=delimiter)
-    return pa_csv.read_csv(pa.BufferReader(plain), parse_options=parse, convert_options=convert)
+    return pa_csv.read_csv(pa.BufferReader(plain), parse_options=parse, convert_options=as_text(names))
 
 
 def _check_columns(existing: list[str], wanted: list[str]) -> None:
