@@ -13,6 +13,7 @@ from hstu_dist.data.balance import CostLaw
 from hstu_dist.data.config import BatchingConfig, LoaderConfig
 from hstu_dist.data.dataset import SequenceDataset
 from hstu_dist.data.loader import BatchLoader, Shard, popularity
+from hstu_dist.data.record_split import RecordSplit
 from hstu_dist.data.split import Moments, Split
 from hstu_dist.data.time_split import first_events, moments_of
 from hstu_dist.distributed.config import ITEM
@@ -23,7 +24,8 @@ from hstu_dist.distributed.ranker import Ranker
 from hstu_dist.distributed.recommender import Recommender
 from hstu_dist.distributed.tables import EmbeddingTables
 from hstu_dist.errors import UserError
-from hstu_dist.models.config import RetrievalConfig, TaskConfig
+from hstu_dist.metrics.ranking import Measures
+from hstu_dist.models.config import RecordSplitConfig, RetrievalConfig, TaskConfig
 from hstu_dist.models.flops import Workload, count_flops, encoder_work
 from hstu_dist.preflight import memory_limit, table_shapes
 from hstu_dist.train.average import WeightAverage
@@ -157,40 +159,45 @@ class Session(ModelSession):
             max_length=data.max_length,
             window=data.window if training else "recent",
             seed=self.config.seed,
-            shuffle=training and not self.in_order,
+            shuffle=training and not (self.records and self.records.in_order),
             batching=trainer.batching if training else BatchingConfig(),
             cost=sequence_cost(lambda n: self.training_flops(self.workload([n])), data.max_length),
             stochastic_length=data.stochastic_length if training else None,
             emission=trainer.emission if training else None,
-            moments=self.moments,
-            records=self.config.record_split,
+            cut=self.cut,
         )
 
     @property
-    def in_order(self) -> bool:
-        """Whether training goes through the sequences in the order of the data set."""
+    def cut(self) -> Moments | RecordSplit | None:
+        """Where the split cuts; None: leave-one-out."""
+        return self.config.record_split or self.moments
+
+    @property
+    def records(self) -> RecordSplitConfig | None:
+        """How whole sequences are trained on and evaluated; None: the run does not split them."""
         task = self.config.task
-        return isinstance(task, RetrievalConfig) and task.records.in_order
+        return task.records if isinstance(task, RetrievalConfig) and task.split == "record" else None
 
     def evaluate(self, split: Split) -> dict[str, float]:
         """Metrics of the current weights on a split, or of their average where there is one."""
-        task, measures = self.config.task, measures_of(self.config.trainer.evaluation)
+        batches, measures = self.loader(split).epoch(0), measures_of(self.config.trainer.evaluation)
         with self.averaged():
-            if isinstance(task, RetrievalConfig) and task.split == "record":
-                _, loss = self.config.retrieval
-                counted = CountedTargets(measures, loss.temperature, task.records.scored)
-                return evaluate_targets(self.retriever, self.loader(split).epoch(0), counted)
-            return evaluate(self.retriever, self.loader(split).epoch(0), measures)
+            if self.records is None:
+                return evaluate(self.retriever, batches, measures)
+            _, loss = self.config.retrieval
+            return evaluate_targets(self.retriever, batches, self._counted(measures, loss.temperature))
 
     def evaluate_popularity(self, split: Split) -> dict[str, float]:
         """Metrics of the popularity baseline on a split."""
-        cut, measures = self.config.record_split or self.moments, measures_of(self.config.trainer.evaluation)
-        counts = popularity(self.dataset, self.training_split, cut).to(self.world.device)
-        task = self.config.task
-        if isinstance(task, RetrievalConfig) and task.split == "record":
-            counted = CountedTargets(measures, 1.0, task.records.scored)
-            return evaluate_target_popularity(counts, self.loader(split).epoch(0), counted)
-        return evaluate_popularity(counts, self.loader(split).epoch(0), measures)
+        batches, measures = self.loader(split).epoch(0), measures_of(self.config.trainer.evaluation)
+        counts = popularity(self.dataset, self.training_split, self.cut).to(self.world.device)
+        if self.records is None:
+            return evaluate_popularity(counts, batches, measures)
+        return evaluate_target_popularity(counts, batches, self._counted(measures, 1.0))
+
+    def _counted(self, measures: Measures, temperature: float) -> CountedTargets:
+        assert self.records is not None
+        return CountedTargets(measures, temperature, self.records.scored)
 
 
 def retrieval_moments(dataset: SequenceDataset, task: TaskConfig) -> Moments | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from enum import StrEnum
 from typing import Annotated, Literal
 
@@ -57,43 +58,50 @@ class StochasticLengthConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class MovieLensConfig:
-    """One of the public MovieLens rating sets; every rating is an event, its stars are the action.
+class _SequencesConfig:
+    """What every prepared data set has.
 
     Attributes:
-        kind: `ml1m` (6,040 users) or `ml100k` (943 users).
+        kind: of the data set.
         path: folder of the prepared data set; empty: data/<kind>.
         max_length: history tokens given to the model; older events are cut at loading, not at preparation.
         window: which inputs of a longer history training sees: recent, the last max_length as in evaluation; or random,
             any max_length that follow each other, drawn anew every epoch.
         stochastic_length: random subsequences in training; null: whole histories.
-        archive: the official archive (ml-1m.zip) or its ratings file, downloaded by hand; None: fetch it.
     """
 
-    kind: Literal["ml1m", "ml100k"]
+    kind: str
     path: str = ""
     max_length: int = Field(default=200, gt=0)
     window: WindowName = "recent"
     stochastic_length: StochasticLengthConfig | None = None
-    archive: str | None = None
 
     def __post_init__(self) -> None:
-        _fill_path(self)
+        if not self.path:
+            object.__setattr__(self, "path", _default_path(self.kind))
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class EventsConfig:
+class MovieLensConfig(_SequencesConfig):
+    """One of the public MovieLens rating sets; every rating is an event, its stars are the action.
+
+    Attributes:
+        kind: `ml1m` (6,040 users) or `ml100k` (943 users).
+        archive: the official archive (ml-1m.zip) or its ratings file, downloaded by hand; None: fetch it.
+    """
+
+    kind: Literal["ml1m", "ml100k"]
+    archive: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EventsConfig(_SequencesConfig):
     """Anyone's event log: one row an event, in CSV or Parquet.
 
     Attributes:
         kind: `events`.
         input: a file, a folder (searched recursively) or a glob of .csv, .tsv, .csv.gz, .tsv.gz or .parquet
             files of one format, as path or URL (s3, gs, hdfs); None: only an already prepared data set can be used.
-        path: folder of the prepared data set; empty: data/<kind>.
-        max_length: history tokens given to the model; older events are cut at loading, not at preparation.
-        window: which inputs of a longer history training sees: recent, the last max_length as in evaluation; or random,
-            any max_length that follow each other, drawn anew every epoch.
-        stochastic_length: random subsequences in training; null: whole histories.
         user_column: int64 or text ids.
         item_column: int64 or text ids.
         timestamp_column: integers, floats, or dates (UTC, whose unit comes from the column).
@@ -110,10 +118,6 @@ class EventsConfig:
 
     kind: Literal["events"] = "events"
     input: str | None = None
-    path: str = ""
-    max_length: int = Field(default=200, gt=0)
-    window: WindowName = "recent"
-    stochastic_length: StochasticLengthConfig | None = None
     user_column: str = Field(default="user_id", min_length=1)
     item_column: str = Field(default="item_id", min_length=1)
     timestamp_column: str = Field(default="timestamp", min_length=1)
@@ -127,7 +131,7 @@ class EventsConfig:
     min_item_events: int = Field(default=1, ge=1)
 
     def __post_init__(self) -> None:
-        _fill_path(self)
+        super().__post_init__()
         columns = [self.user_column, self.item_column, self.timestamp_column, self.action_column]
         if len(set(columns)) != len(columns):
             raise ValueError(f"user, item, timestamp and action column: got {columns}, expected four different names")
@@ -155,46 +159,30 @@ class EventsConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class AmazonConfig:
+class AmazonConfig(_SequencesConfig):
     """A category of the Amazon reviews of 2014; every rating is an event, its stars are the action.
 
     Kept are users and items with at least 5 events each (5-core). A repeat of the same user, item and day counts once.
 
     Attributes:
         kind: `amazon_beauty`, `amazon_sports` (Sports and Outdoors) or `amazon_toys` (Toys and Games).
-        path: folder of the prepared data set; empty: data/<kind>.
-        max_length: history tokens given to the model; older events are cut at loading, not at preparation.
-        window: which inputs of a longer history training sees: recent, the last max_length as in evaluation; or random,
-            any max_length that follow each other, drawn anew every epoch.
-        stochastic_length: random subsequences in training; null: whole histories.
         source: path or URL of the category's reviews (.json, .json.gz) or ratings (.csv, .csv.gz); None: fetch the
             official 5-core reviews.
     """
 
     kind: Literal["amazon_beauty", "amazon_sports", "amazon_toys"]
-    path: str = ""
     max_length: int = Field(default=50, gt=0)
-    window: WindowName = "recent"
-    stochastic_length: StochasticLengthConfig | None = None
     source: str | None = Field(default=None, min_length=1)
-
-    def __post_init__(self) -> None:
-        _fill_path(self)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class SyntheticZipfConfig:
+class SyntheticZipfConfig(_SequencesConfig):
     """Made-up events of any number, with popular items and long histories as skewed as real ones; for benchmarks.
 
     Items and lengths follow densities x^-exponent, rounded down; there is nothing to learn but popularity.
 
     Attributes:
         kind: `synthetic_zipf`.
-        path: folder of the prepared data set; empty: data/<kind>.
-        max_length: history tokens given to the model; older events are cut at loading, not at preparation.
-        window: which inputs of a longer history training sees: recent, the last max_length as in evaluation; or random,
-            any max_length that follow each other, drawn anew every epoch.
-        stochastic_length: random subsequences in training; null: whole histories.
         num_users: sequences.
         num_items: item ids are 0 to num_items - 1; popular ones lie anywhere.
         item_exponent: of item popularity; 0: all alike.
@@ -205,10 +193,7 @@ class SyntheticZipfConfig:
     """
 
     kind: Literal["synthetic_zipf"] = "synthetic_zipf"
-    path: str = ""
     max_length: int = Field(default=4096, gt=0)
-    window: WindowName = "recent"
-    stochastic_length: StochasticLengthConfig | None = None
     num_users: int = Field(default=20_000, gt=0)
     num_items: int = Field(default=100_000, gt=0, le=2**31)
     item_exponent: float = Field(default=1.2, ge=0)
@@ -218,13 +203,13 @@ class SyntheticZipfConfig:
     seed: int = Field(default=0, ge=0)
 
     def __post_init__(self) -> None:
-        _fill_path(self)
+        super().__post_init__()
         if self.max_events < self.min_events:
             raise ValueError(f"max_events: got {self.max_events}, expected at least min_events ({self.min_events})")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class AppendixCConfig:
+class AppendixCConfig(_SequencesConfig):
     """The made-up stream of arXiv 2402.17152, Appendix C; what the paper leaves open has a key.
 
     Records of equal length follow each other while new items open. A record has a few categories, a prior H_c over them
@@ -233,9 +218,6 @@ class AppendixCConfig:
 
     Attributes:
         kind: `appendix_c`.
-        path: folder of the prepared data set; empty: data/<kind>.
-        max_length: history tokens given to the model.
-        window, stochastic_length: which inputs training sees, as for other data sets.
         num_records: sequences.
         record_length: events of each.
         num_items: item ids are 0 to num_items - 1.
@@ -250,10 +232,7 @@ class AppendixCConfig:
     """
 
     kind: Literal["appendix_c"] = "appendix_c"
-    path: str = ""
     max_length: int = Field(default=127, gt=0)
-    window: WindowName = "recent"
-    stochastic_length: StochasticLengthConfig | None = None
     num_records: int = Field(default=1_000_000, gt=0)
     record_length: int = Field(default=128, gt=1)
     num_items: int = Field(default=20_000, gt=0, le=2**31)
@@ -267,7 +246,7 @@ class AppendixCConfig:
     seed: int = Field(default=0, ge=0)
 
     def __post_init__(self) -> None:
-        _fill_path(self)
+        super().__post_init__()
         if self.max_categories > self.num_categories:
             raise ValueError(
                 f"max_categories: got {self.max_categories}, expected at most num_categories ({self.num_categories})"
@@ -280,26 +259,14 @@ class AppendixCConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class PluginDataConfig(PluginConfig):
+class PluginDataConfig(_SequencesConfig, PluginConfig):
     """Events from code of the user's own; see `data.plugin_source`.
 
     Attributes:
         kind: `plugin`.
-        path: folder of the prepared data set; empty: data/<kind>.
-        max_length: history tokens given to the model; older events are cut at loading, not at preparation.
-        window: which inputs of a longer history training sees: recent, the last max_length as in evaluation; or random,
-            any max_length that follow each other, drawn anew every epoch.
-        stochastic_length: random subsequences in training; null: whole histories.
     """
 
     kind: Literal["plugin"] = "plugin"
-    path: str = ""
-    max_length: int = Field(default=200, gt=0)
-    window: WindowName = "recent"
-    stochastic_length: StochasticLengthConfig | None = None
-
-    def __post_init__(self) -> None:
-        _fill_path(self)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -385,9 +352,8 @@ class LoaderConfig:
         cost: work of a sequence by its length, what batching by FLOPs and balancing go by.
         stochastic_length: random subsequences; None: whole histories.
         emission: which sequences an epoch has; None: all of them.
-        moments: where a split by time cuts; None: by sequence or leave-one-out.
-        records: split of whole sequences; None: by time or leave-one-out.
-        targets: what an input is to predict: the next event, or with `moments` its own action.
+        cut: where a split by time or of whole sequences cuts; None: leave-one-out.
+        targets: what an input is to predict: the next event, or in a split by time its own action.
     """
 
     split: Split
@@ -400,13 +366,12 @@ class LoaderConfig:
     cost: CostLaw = Field(default_factory=CostLaw)
     stochastic_length: StochasticLengthConfig | None = None
     emission: EmissionConfig | None = None
-    moments: Moments | None = None
-    records: RecordSplit | None = None
+    cut: Moments | RecordSplit | None = None
     targets: Literal["next", "own"] = "next"
 
     def __post_init__(self) -> None:
-        if self.targets == "own" and self.moments is None:
-            raise ValueError("targets: got own without moments, expected next: leave-one-out holds out whole events")
+        if self.targets == "own" and not isinstance(self.cut, Moments):
+            raise ValueError("targets: got own without moments, expected next: only a split by time holds out actions")
 
 
 def prepare_command(config: DataSetConfig) -> str:
@@ -415,23 +380,15 @@ def prepare_command(config: DataSetConfig) -> str:
     words += ["data.input=FILE"] if isinstance(config, EventsConfig) else []
     if isinstance(config, PluginDataConfig):
         words += [f"data.target={config.target}", f"plugins=[{config.target.partition(':')[0]}]"]
+        words += ["data.settings=SETTINGS"] if config.settings else []
     words += [f"data.path={config.path}"] if config.path != _default_path(config.kind) else []
     if isinstance(config, AppendixCConfig):
-        # its settings are all there is of it
-        words += [f"data.{name}={value}" for name, value in vars(config).items() if _decides(config, name)]
+        # its settings are all there is of it; those of every data set only say how it is read
+        read, usual = {field.name for field in fields(_SequencesConfig)}, AppendixCConfig()
+        made = {name: value for name, value in vars(config).items() if name not in read}
+        words += [f"data.{name}={value}" for name, value in made.items() if value != getattr(usual, name)]
     return " ".join(words)
-
-
-def _decides(config: AppendixCConfig, name: str) -> bool:
-    """Whether a setting makes another stream than the default."""
-    read = ("kind", "path", "max_length", "window", "stochastic_length")
-    return name not in read and getattr(config, name) != getattr(type(config), name, None)
 
 
 def _default_path(kind: str) -> str:
     return f"data/{kind}"
-
-
-def _fill_path(config: DataSetConfig) -> None:
-    if not config.path:
-        object.__setattr__(config, "path", _default_path(config.kind))

@@ -169,9 +169,10 @@ def popularity(
 
 
 def _rows_of(dataset: SequenceDataset, config: LoaderConfig) -> Rows:
-    if config.moments is not None and config.targets == "own":
-        return own_action_rows(dataset, config.moments, config.split, config.max_length)
-    return recent_rows(_parts(dataset, config.split, config.records or config.moments), config.max_length)
+    if config.targets == "own":
+        assert isinstance(config.cut, Moments)
+        return own_action_rows(dataset, config.cut, config.split, config.max_length)
+    return recent_rows(_parts(dataset, config.split, config.cut), config.max_length)
 
 
 def _parts(dataset: SequenceDataset, split: Split, cut: Moments | RecordSplit | None) -> Ints:

@@ -41,7 +41,7 @@ def test_batches_in_order_end_with_the_last_event(tmp_path: Path) -> None:
     prepare(config)
     data = SequenceDataset.open(tmp_path)
     events = np.asarray(data.item_ids).reshape(20, 9)
-    settings = LoaderConfig(split=Split.TRAIN_VALIDATION, global_batch_size=4, shuffle=False, records=CUT, max_length=5)
+    settings = LoaderConfig(split=Split.TRAIN_VALIDATION, global_batch_size=4, shuffle=False, cut=CUT, max_length=5)
     batches = list(BatchLoader(data, settings).epoch(0))
     assert np.concatenate([batch.row_ids for batch in batches]).tolist() == list(range(18))
     assert np.concatenate([batch.item_ids for batch in batches]).tolist() == events[:18, 3:8].reshape(-1).tolist()

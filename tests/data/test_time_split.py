@@ -70,7 +70,7 @@ def test_batches_hold_what_came_before_the_first_event_of_a_part(parts: int, spr
     data = interleaved(spread)
     moments = moments_of(data, 0.2, 0.3)
     expected = targets(data, moments, split)
-    loader = BatchLoader(data, LoaderConfig(split=split, global_batch_size=3, max_length=6, moments=moments))
+    loader = BatchLoader(data, LoaderConfig(split=split, global_batch_size=3, max_length=6, cut=moments))
     got = {}
     for batch in loader.epoch(0):
         for row, first, after in zip(batch.row_ids.tolist(), batch.offsets, batch.offsets[1:], strict=False):
