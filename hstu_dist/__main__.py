@@ -81,11 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         "what", nargs="+", metavar="RUN", help="run folders; or `results`: README.md, docs/results.md and plots"
     )
     report_command.add_argument(
-        "--output", type=Path, metavar="FILE", help="default: report.html, of one run in its folder"
+        "--output", type=Path, metavar="FILE", help="of runs (default: report.html, of one run in its folder)"
     )
-    report_command.add_argument(
-        "--root", type=Path, default=Path(), help="checkout of the results (default: the current folder)"
-    )
+    report_command.add_argument("--root", type=Path, help="checkout of the results (default: the current folder)")
     report_command.add_argument("--debug", action="store_true", help="show the stack trace of an error")
     summary = "compute a refused step again and say where it left the finite numbers"
     replay_command = commands.add_parser("replay", help=summary, description=summary)
@@ -251,8 +249,13 @@ def _doctor(options: argparse.Namespace) -> ExitCode:
 def _report(options: argparse.Namespace) -> None:
     from hstu_dist.commands.report import report_results, report_runs
 
-    if options.what == ["results"]:
-        report_results(options.root, say)
+    results = options.what == ["results"]
+    if results and options.output is not None:
+        raise UserError(f"report results: got --output {options.output}", "it writes into the checkout, see --root")
+    if not results and options.root is not None:
+        raise UserError(f"report {options.what[0]}: got --root {options.root}", "give it with `results` alone")
+    if results:
+        report_results(options.root or Path(), say)
     else:
         report_runs([Path(run) for run in options.what], options.output, say)
 

@@ -39,7 +39,7 @@ HARDWARE = "hardware"
 
 
 _OPEN = re.compile(r"(published|[\w.]+\.(settings|metrics|action_columns|tables))(\.[\w@.-]+)?=")
-"""Settings whose keys are the user's own: Hydra takes new ones only with a prefix."""
+"""Settings whose keys are the user's own."""
 
 FEATURES: tuple[str, ...] = ()
 """Tables besides the item table that a model can look up."""
@@ -172,6 +172,9 @@ class RunConfig:
         kind, data = self.embedding.vocabulary.kind, self.data
         if kind != "static" and isinstance(self.task, RankingConfig):
             raise ValueError(f"embedding.vocabulary.kind: got {kind}, expected static for task=ranking")
+        if kind != "static" and self.record_split is not None:
+            # their loss over all items has no meaning for an item without a row
+            raise ValueError(f"embedding.vocabulary.kind: got {kind}, expected static for task.split=record")
         if kind == "zch" and self.optimizer.average_decay is not None:
             raise ValueError(
                 f"optimizer.average_decay: got {self.optimizer.average_decay}, expected null with "
@@ -275,13 +278,17 @@ def compose_dict(primary: str, overrides: Sequence[str], folder: str = "") -> di
         UserError: Hydra cannot compose it.
     """
     root = conf_dir() / folder
-    prefixed = [f"++{override}" if _OPEN.match(override) else override for override in overrides]
     with explained_composition(root):
         with initialize_config_dir(config_dir=str(root), version_base="1.3"):
-            composed = hydra_compose(primary, overrides=prefixed)
+            composed = hydra_compose(primary, overrides=prefixed(overrides))
         resolved = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
+
+
+def prefixed(overrides: Sequence[str]) -> list[str]:
+    """Overrides as Hydra takes them: new keys want a prefix there, also in settings that are made of new keys."""
+    return [f"++{override}" if _OPEN.match(override) else override for override in overrides]
 
 
 @contextmanager

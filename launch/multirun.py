@@ -24,9 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 from hstu_dist.commands.scale_cells import remember_cells, training_compute
-from hstu_dist.config import RunConfig, compose, conf_dir, difference, explained_composition, load
+from hstu_dist.config import RunConfig, compose, conf_dir, difference, explained_composition, load, prefixed
 from hstu_dist.console import say
 from hstu_dist.errors import ExitCode, UserError
+from hstu_dist.files import replacing
 from hstu_dist.run_folder import RunFolder
 from launch.local import stop_signals
 from launch.run_files import read_job
@@ -125,7 +126,7 @@ def fixed_settings(overrides: Sequence[str]) -> set[str]:
     """
     fixed: dict[str, bool] = {}
     with explained_composition(conf_dir()):
-        for override in OverridesParser.create().parse_overrides(overrides=list(overrides)):
+        for override in OverridesParser.create().parse_overrides(overrides=prefixed(overrides)):
             key = override.get_key_element()
             if key == "hydra/launcher":
                 raise UserError(f"{override.input_line}: got a launcher", "choose where the runs start with cluster=")
@@ -135,7 +136,11 @@ def fixed_settings(overrides: Sequence[str]) -> set[str]:
 
 def hand_to_sweeper(overrides: Sequence[str], jobs: int | None, sweep: Sweep) -> None:
     """Lets Hydra's sweeper choose cells; its launcher, hydra_plugins/hstu_dist_launcher.py, gives them to `sweep`."""
-    words = [*overrides, "hydra/launcher=hstu_dist", *([] if jobs is None else [f"hydra.launcher.jobs={jobs}"])]
+    words = [
+        *prefixed(overrides),
+        "hydra/launcher=hstu_dist",
+        *([] if jobs is None else [f"hydra.launcher.jobs={jobs}"]),
+    ]
     with explained_composition(conf_dir()), tempfile.TemporaryDirectory(prefix="hstu_dist-") as nowhere:
         if sweep.preview is not None:
             # sweepers leave a record of themselves
@@ -327,6 +332,6 @@ def write_results(cells: Sequence[Cell]) -> Path:
     # the same file for the same command
     keys = "-".join(key.rpartition(".")[2] for key in cells[0].swept)
     path = Path(cells[0].config.output) / f"{cells[0].base}_by_{keys}.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in columns}), path)
+    with replacing(path) as file:
+        pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in columns}), file)
     return path

@@ -95,6 +95,8 @@ OTHERS = [
     ("doctor --ranks 1 doctor=yes", "doctor"),
     ("report gone", "gone: holds no run"),
     ("report results", "benchmarks/results: no such folder"),
+    ("report results --output x.html", "got --output x.html"),
+    ("report runs/other --root x", "got --root x"),
     ("replay gone", "gone"),
     ("checkpoint inspect gone", "gone"),
     ("checkpoint verify data", "data"),

@@ -251,6 +251,12 @@ def test_a_bad_setting_is_one_line_that_names_it(override: str, expected: str) -
     assert "\n" not in str(caught.value) and caught.value.remedy
 
 
+@pytest.mark.parametrize("kind", ["hash", "zch"])
+def test_whole_sequences_are_predicted_among_items_with_rows_of_their_own(kind: str) -> None:
+    with pytest.raises(UserError, match=r"vocabulary.kind: got \w+, expected static for task.split=record"):
+        run_config("task.split=record", f"embedding.vocabulary.kind={kind}")
+
+
 def test_several_bad_settings_are_counted() -> None:
     with pytest.raises(UserError, match=r"seed: .* \(got -1\) \(and 1 more\)"):
         run_config("nproc=0", "seed=-1")

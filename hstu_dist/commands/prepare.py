@@ -63,13 +63,13 @@ def prepare_data(values: Mapping[str, Any], say: Callable[[str], None]) -> None:
 
 def _plot_lengths(config: DataSetConfig, manifest: Manifest) -> str:
     """Draws the lengths beside the data; says where, if it could."""
-    # matplotlib takes half a second to import
-    from hstu_dist.report.plots import save_lengths
-
     stem = Path(config.path) / LENGTHS_PLOT
     png = stem.with_name(f"{stem.name}.png")
     try:
         if not png.exists():
+            # matplotlib takes half a second to import
+            from hstu_dist.report.plots import save_lengths
+
             title = f"{config.path}: {manifest.num_users:,} sequences, {manifest.num_events:,} events"
             save_lengths(Vocabulary.users(config.path).counts, config.max_length, title, stem)
     except OSError as error:

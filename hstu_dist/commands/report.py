@@ -58,5 +58,5 @@ def leave_report(run: Path, say: Callable[[str], None]) -> None:
     """Writes the report of a run that has just ended; a run that trained all the same does not fail for it."""
     try:
         report_runs([run], None, say)
-    except UserError as error:
-        logger.warning("no report: %s", error)
+    except Exception as error:
+        logger.warning("no report: %s: %s", type(error).__name__, error)

@@ -42,7 +42,7 @@ def fit(sweep: Path, metric: str, output: Path | None, say: Callable[[str], None
         say(line)
     accepted = accept(points, metric)
     study = Study.of(Accepted(accepted.points, (*unusable, *accepted.excluded)), metric)
-    stem = (output or sweep / FIT_FOLDER) / metric.replace("/", "_").replace("@", "_at_")
+    stem = _stem(output or sweep / FIT_FOLDER, metric)
     stem.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(stem.with_suffix(".json"), (json.dumps(study.document(), indent=1) + "\n").encode())
     write_points(study.points, stem.with_suffix(".parquet"))
@@ -67,7 +67,7 @@ def plan(sweep: Path, metric: str, target: float, overrides: Sequence[str], say:
     Raises:
         UserError: the sweep is not fitted, no cluster is named, or no family reaches the target.
     """
-    file = sweep / FIT_FOLDER / f"{metric.replace('/', '_').replace('@', '_at_')}.json"
+    file = _stem(sweep / FIT_FOLDER, metric).with_suffix(".json")
     if not file.exists():
         raise UserError(f"{file}: not found", f"fit it first: python -m hstu_dist scale fit {sweep} --metric {metric}")
     fitted: dict[str, Any] = json.loads(file.read_text())
@@ -84,6 +84,11 @@ def plan(sweep: Path, metric: str, target: float, overrides: Sequence[str], say:
         say(_rung(family["family"], needed, _measured(fitted, family["family"]), overrides))
     if not reached:
         raise UserError(f"--target {target:g}: no family reaches it", "give a value that a law of the fit can reach")
+
+
+def _stem(folder: Path, metric: str) -> Path:
+    """Of the files of a metric."""
+    return folder / metric.replace("/", "_").replace("@", "_at_")
 
 
 def _needs(family: dict[str, Any], needed: float, target: float) -> str:
@@ -150,9 +155,7 @@ def _items(config: RunConfig) -> int | None:
 
 
 def _draw(study: Study, stem: Path) -> tuple[Path, ...]:
-    """The plot; none where matplotlib is not installed."""
-    try:
-        from hstu_dist.report.scaling import save_study
-    except ModuleNotFoundError:
-        return ()
+    # matplotlib takes half a second to import
+    from hstu_dist.report.scaling import save_study
+
     return save_study(study, stem)

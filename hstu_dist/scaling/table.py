@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hstu_dist.files import replacing
 from hstu_dist.scaling.points import Point
 
 _FIELDS = ("run", "family", "seed", "compute", "parameters", "tokens")
@@ -18,4 +19,5 @@ def write_points(points: Sequence[Point], path: Path) -> None:
     metrics = sorted({metric for point in points for metric in point.metrics})
     columns = {name: [getattr(point, name) for point in points] for name in _FIELDS}
     columns |= {f"test/{metric}": [point.metrics.get(metric) for point in points] for metric in metrics}
-    pq.write_table(pa.table(columns), path)
+    with replacing(path) as file:
+        pq.write_table(pa.table(columns), file)

@@ -197,6 +197,13 @@ def test_the_cost_is_said_before_anything_starts(capsys: pytest.CaptureFixture[s
     assert cells[:2] == ["  scaling_hstu_size-s01: 3e+10", "  scaling_hstu_size-s02: 8.41e+10"]
 
 
+def test_settings_with_keys_of_the_users_own_are_swept_too() -> None:
+    metrics = "trainer.evaluation.metrics={rlr: 'examples.own_parts:reciprocal_log_rank'}"
+    cells = cells_of(["experiment=ml1m", "seed=1,2", "plugins=[examples.own_parts]", metrics])
+    assert [list(cell.config.trainer.evaluation.metrics) for cell in cells] == [["rlr"], ["rlr"]]
+    assert [cell.swept for cell in cells] == [{"seed": "1"}, {"seed": "2"}]
+
+
 def test_the_ladder_has_two_seeds_of_its_small_half() -> None:
     cells = cells_of(["+sweep=scaling"])
     names = {cell.config.name for cell in cells}
