@@ -166,6 +166,11 @@ TOPICS: Mapping[str, Topic] = {
             )
         },
     ),
+    "vocabulary_step": Topic(
+        title="A step with a growing vocabulary",
+        note="Ids to rows, the rows that negatives are drawn from, lookup and update with row-wise Adagrad on "
+        "one rank: a mean over 10 steps, one of which evicts. A ratio is speed over that with row numbers.",
+    ),
     "inference": Topic(
         title="Scoring and serving",
         note="One process on all cores, fp32. Cold: the history is encoded with the candidates; cached: its keys and "
