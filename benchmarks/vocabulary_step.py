@@ -27,7 +27,7 @@ KINDS = {
     STATIC: VocabularyConfig(),
     "hash": VocabularyConfig(kind="hash"),
     **{
-        f"zch, {eviction}": VocabularyConfig(kind="zch", eviction=eviction)  # type: ignore[arg-type]
+        f"zch, {eviction}": VocabularyConfig(kind="zch", eviction=eviction)
         for eviction in ("lru", "lfu", "distance_lfu")
     },
 }
