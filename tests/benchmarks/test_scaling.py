@@ -9,22 +9,26 @@ import pytest
 
 from benchmarks.__main__ import main
 from hstu_dist.report.results import load
-from tests.scaling.cases import LAWS, write_run, write_sweep
+from tests.scaling.cases import LAWS, write_sweep
 
 
-def measured_by(commit: str, sweep: Path) -> None:
-    """Leaves in every run folder what a rank writes about its machine."""
+def remember_environments(sweep: Path) -> None:
+    """Leaves in every run folder what a rank writes about its machine; those of the largest size are the newest."""
     for run in sweep.glob("*/config.yaml"):
-        (run.parent / "environment.json").write_text(json.dumps({"commit": commit}))
+        day, commit = (2, "abc-dirty") if "s06" in run.parent.name else (1, "def")
+        environment = {"date": f"2026-11-0{day}T00:00:00+00:00", "commit": commit}
+        (run.parent / "environment.json").write_text(json.dumps(environment))
 
 
 def test_laws_predictions_and_the_gap_to_the_baseline(tmp_path: Path) -> None:
     write_sweep(tmp_path / "scaling")
-    measured_by("abc-dirty", tmp_path / "scaling")
+    remember_environments(tmp_path / "scaling")
     arguments = ["--sweeps", "scaling", "--finished", "--runs", str(tmp_path), "--output", str(tmp_path / "out")]
     assert main(["scaling", *arguments]) == 0
     found = load("scaling_law", tmp_path / "out")
-    assert found.commit == "abc+changes"
+    assert (found.date, found.commit) == ("2026-11-02T00:00:00+00:00", "abc+changes")
+    points = json.loads((tmp_path / "out" / "scaling" / "scaling" / "loss.json").read_text())["points"]
+    assert {point["commit"] for point in points} == {"abc-dirty", "def"}
     assert found.value("scaling", "scaling_hstu", "E") == pytest.approx(LAWS["scaling_hstu"].floor, rel=0.01)
     assert found.value("scaling, held out", "scaling_hstu", "error") == pytest.approx(0, abs=1e-3)
     gaps = {(ratio.case, ratio.metric): ratio for ratio in found.ratios if ratio.case.endswith("FLOPs")}
@@ -34,17 +38,6 @@ def test_laws_predictions_and_the_gap_to_the_baseline(tmp_path: Path) -> None:
     assert all(ratio.met for ratio in found.ratios)
     for metric in ("loss", "hr_at_10"):
         assert (tmp_path / "out" / "scaling" / "scaling" / f"{metric}.svg").stat().st_size > 500
-
-
-def test_runs_of_several_commits_are_not_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_sweep(tmp_path / "scaling")
-    measured_by("abc", tmp_path / "scaling")
-    config = write_run(tmp_path / "scaling", "scaling_hstu", "s07")
-    (config.run_dir / "environment.json").write_text(json.dumps({"commit": "def"}))
-    arguments = ["--sweeps", "scaling", "--finished", "--runs", str(tmp_path), "--output", str(tmp_path / "out")]
-    assert main(["scaling", *arguments]) == 2
-    assert "runs of abc, def: trained by 2 commits" in capsys.readouterr().err
-    assert not (tmp_path / "out" / "scaling_law.json").exists()
 
 
 @pytest.mark.long
