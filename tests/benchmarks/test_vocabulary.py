@@ -103,4 +103,4 @@ def test_a_quick_run_measures_both_sizes(tmp_path: Path) -> None:
     assert 0 < found.value(ROOMY, HASH, SHARED_IDS) < found.value(TIGHT, HASH, SHARED_IDS)
     # half of the ids find no row in the smaller table
     assert found.value(ROOMY, ZCH, SHARED_IDS) < found.value(TIGHT, ZCH, SHARED_IDS) > 0.4
-    assert (tmp_path / "vocabulary.png").exists()
+    assert (tmp_path / "vocabulary_windows.png").exists()

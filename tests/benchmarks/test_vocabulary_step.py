@@ -30,5 +30,5 @@ def counts_of(rows: int) -> list[int]:
 
 
 def test_the_vocabulary_is_full_and_new_ids_take_rows_of_others() -> None:
-    ((lookups, _, admitted, evicted, occupied),) = run_ranks(1, counts_of, 50_000)
-    assert lookups == 128_000 and admitted >= evicted > 1000 and occupied == 50_000 - 16
+    ((lookups, _, admitted, evicted, occupied),) = run_ranks(1, counts_of, 20_000)
+    assert lookups == 128_000 and admitted >= evicted > 500 and occupied > 19_900
