@@ -101,7 +101,10 @@ def run(options: argparse.Namespace) -> int:
 
 def _sweeps(options: argparse.Namespace) -> Sweeps:
     runs = options.runs or (options.output / f"{NAME}_runs" if options.quick else Path("runs"))
-    settings = [f"trainer.threads={options.threads or 1}", f"trainer.device={options.device.type}"]
+    settings = [f"trainer.threads={options.threads or 1}"]
+    if options.device.type == "cpu" and torch.cuda.is_available():
+        # a run takes a GPU where there is one
+        settings.append("trainer.device=cpu")
     if options.quick:
         settings += [*_TINY, f"data.path={options.output / f'{NAME}_data'}"]
     return Sweeps(

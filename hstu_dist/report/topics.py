@@ -50,6 +50,27 @@ TOPICS: Mapping[str, Topic] = {
         "means that the paper's order holds. Published figures are of the whole stream and models of unknown size.",
         metrics=("hr@10", "hr@50", "loss", "training TFLOP", "dense parameters"),
     ),
+    "scaling_law": Topic(
+        title="Scaling laws",
+        note="Loss on held-out records of the synthetic stream, in nats. The ladder of sizes and its law "
+        "E + A (C / unit)^-beta, fitted to all but the largest run (brackets: quartiles over refits to resampled "
+        "residuals); then the optima at equal compute. Gaps are the Transformer's law over HSTU's at equal compute, "
+        "as fitted and at the nearer ends of their 90% intervals.",
+        headlines={
+            "limit of 3% over the error of HSTU's predicted largest run:": (
+                "scaling",
+                "held-out error",
+                "limit of 3%",
+                "scaling_hstu",
+            ),
+            "loss of the Transformer over HSTU's at 1e13 FLOPs:": (
+                "scaling, 1e13 FLOPs",
+                "loss",
+                "scaling_sasrec",
+                "scaling_hstu",
+            ),
+        },
+    ),
     "attention_cpu": Topic(
         title="Attention on a CPU",
         note="fp32; a ratio above 1 means that the first contender is faster or smaller.",
