@@ -172,6 +172,26 @@ TOPICS: Mapping[str, Topic] = {
             )
         },
     ),
+    "vocabulary": Topic(
+        title="Vocabularies on a drifting stream",
+        note="An eighth of the live items is replaced by new ids every window; each window is predicted before it is "
+        "trained on, among the ids that live then, the same for all, ids of one row ordered at random. Means over the "
+        "second half of the windows and the seeds (quartiles in brackets). Hashing has the rows that fit the bytes of "
+        "zch with its ids; *all ids to come* has a row for every id, several times as many.",
+        headlines={
+            "HR@10 of ids, zch over hashing in the same bytes:": (
+                "rows for 1.25 times the live ids",
+                "hr@10, mean of 3 seeds",
+                "zch, distance_lfu",
+                "hash, same bytes",
+            )
+        },
+    ),
+    "vocabulary_step": Topic(
+        title="A step with a growing vocabulary",
+        note="Ids to rows, the rows that negatives are drawn from, lookup and update with row-wise Adagrad on "
+        "one rank: a mean over 10 steps, one of which evicts. A ratio is speed over that with row numbers.",
+    ),
     "inference": Topic(
         title="Scoring and serving",
         note="One process on all cores, fp32. Cold: the history is encoded with the candidates; cached: its keys and "
