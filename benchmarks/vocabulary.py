@@ -126,7 +126,8 @@ def run(options: argparse.Namespace) -> int:
         **asdict(describe(options.device)),
     )
     path = write(found, options.output)
-    save_curves(curves, "every window predicted before it is trained on", options.output / f"{NAME}_windows", over="window")
+    stem = options.output / f"{NAME}_windows"
+    save_curves(curves, "every window predicted before it is trained on", stem, over="window")
     sys.stdout.write(f"{ratios_table(found)}\n{path}\n")
     return 0
 

@@ -47,7 +47,8 @@ TOPICS: Mapping[str, Topic] = {
         title="The paper's synthetic stream",
         note="Appendix C, Table 2: one pass in order over the first 90% of the stream, every event of held-out records "
         "of the last 10% predicted among all items. Means over the seeds (quartiles in brackets). Above 1 in a ratio "
-        "means that the paper's order holds. Published figures are of the whole stream and models of unknown size.",
+        "means that the paper's order holds. The oracle knows the laws of the stream and all but the draws to come. "
+        "Published figures are of the whole stream and models of unknown size.",
         metrics=("hr@10", "hr@50", "loss", "training TFLOP", "dense parameters"),
     ),
     "scaling_law": Topic(
