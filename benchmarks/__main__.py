@@ -35,8 +35,9 @@ BENCHMARKS: Mapping[str, str] = {
     "ranking": "HSTU against DLRM on MovieLens-1M at several seeds, and HSTU with one choice changed; an hour",
     "ml1m": "SASRec and HSTU on MovieLens-1M at several seeds: epoch chosen on validation, then a refit; hours",
     "appendix_c": "the paper's synthetic experiment: the Transformer and two HSTUs, one pass over its stream; hours",
+    "scaling": "scaling laws: the ladder and the iso-FLOP sweep, their fits, the largest run told before; hours",
     "external": "any other program beside this package's training step, on the same data and lengths",
-    "all": "every benchmark but ml1m, appendix_c, external and gpu, a process each; continues after an interruption",
+    "all": "every benchmark but ml1m, appendix_c, scaling, external and gpu, a process each; continues if interrupted",
     "gpu": "on a machine with a GPU: its tests, tuned kernels, and what depends on it; 20 minutes at most",
 }
 """Name of each benchmark, which is the name of its module, and what it measures."""

@@ -56,8 +56,7 @@ class Run:
                 f"run folder {folder.path}: holds a run of {result['epochs']} epochs, expected {wanted}",
                 "remove the folder and give the same command again",
             )
-        environment_file = folder.path / "environment.json"
-        return cls(config, result, json.loads(environment_file.read_text()), read_metrics(folder.path))
+        return cls(config, result, folder.environment(), read_metrics(folder.path))
 
 
 def load_current(name: str, folder: Path, config: RunConfig) -> Results | None:

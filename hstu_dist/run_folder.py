@@ -156,6 +156,12 @@ class RunFolder:
         values: dict[str, Any] = json.loads(self.result_file.read_text())
         return values
 
+    def environment(self) -> dict[str, Any]:
+        """What the run was trained with, as written when it began; empty before that."""
+        file = self.path / "environment.json"
+        values: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        return values
+
     def finished(self, epochs: float) -> dict[str, Any] | None:
         """What `finish` wrote, if a run of `epochs` epochs has nothing left to train."""
         result = self.result()

@@ -25,7 +25,7 @@ from hstu_dist.scaling.table import write_points
 FIT_FOLDER = "fit"
 
 
-def fit(sweep: Path, metric: str, output: Path | None, say: Callable[[str], None]) -> None:
+def fit(sweep: Path, metric: str, output: Path | None, say: Callable[[str], None]) -> Study:
     """Fits the finished runs of a sweep; writes `METRIC.json`, .parquet, .md, .png and .svg.
 
     Args:
@@ -33,6 +33,9 @@ def fit(sweep: Path, metric: str, output: Path | None, say: Callable[[str], None
         metric: of the test split.
         output: where files go; None: `fit` in the sweep's folder.
         say: prints lines for the user.
+
+    Returns:
+        What was written.
 
     Raises:
         UserError: too few finished cells, or cells that belong to no common curve.
@@ -52,6 +55,7 @@ def fit(sweep: Path, metric: str, output: Path | None, say: Callable[[str], None
         say(str(path))
     for path in _draw(study, stem):
         say(str(path))
+    return study
 
 
 def plan(sweep: Path, metric: str, target: float, overrides: Sequence[str], say: Callable[[str], None]) -> None:
@@ -73,6 +77,9 @@ def plan(sweep: Path, metric: str, target: float, overrides: Sequence[str], say:
     fitted: dict[str, Any] = json.loads(file.read_text())
     reached = False
     for family in fitted["families"]:
+        if family["law"] is None:
+            say(f"{family['family']}: has no law; fit a sweep of more sizes")
+            continue
         needed = law_of(family, family["parameters"]).compute_for(target)
         if math.isinf(needed):
             law = family["parameters"]

@@ -117,6 +117,7 @@ def _unusable(run: RunFolder, words: list[str] | None) -> str | None:
 def _point(run: RunFolder) -> Point:
     config, result = load(run.config_file), run.result()
     assert result is not None
+    environment = run.environment()
     values = to_dict(config)
     settings = {name: value for name, value in values.items() if name not in _NOT_THE_CELL}
     speed = result["speed"]
@@ -130,6 +131,8 @@ def _point(run: RunFolder) -> Point:
         parameters=int(result["dense_parameters"]),
         tokens=float(speed["tokens_per_second"] * speed["train_seconds"]),
         metrics={name: float(value) for name, value in result["test"].items()},
+        date=str(environment.get("date", "")),
+        commit=str(environment.get("commit", "unknown")),
     )
 
 

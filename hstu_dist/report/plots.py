@@ -6,7 +6,6 @@ import io
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -296,56 +295,4 @@ def save_lengths(lengths: npt.NDArray[np.int64], cut: int, title: str, stem: Pat
         panel.set_xlabel("events of a sequence (dashed: max_length)")
         panel.tick_params(labelsize=8)
     figure.suptitle(title, fontsize=9)
-    return save_figure(figure, stem)
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A law among what it was fitted to.
-
-    Attributes:
-        name: of the line.
-        fitted: (x, y) of points.
-        held_out: (x, y) of one more, drawn as a star.
-        x, y, low, high: [n] the line and its interval.
-    """
-
-    name: str
-    fitted: Sequence[tuple[float, float]]
-    held_out: tuple[float, float] | None
-    x: npt.NDArray[np.float64]
-    y: npt.NDArray[np.float64]
-    low: npt.NDArray[np.float64]
-    high: npt.NDArray[np.float64]
-
-
-def save_laws(curves: Sequence[Curve], metric: str, logarithmic: bool, stem: Path) -> tuple[Path, Path]:
-    """Laws of training compute with their intervals.
-
-    Args:
-        curves: one a family.
-        metric: label of the vertical axis.
-        logarithmic: whether that axis is, too.
-        stem: where, without suffix.
-
-    Returns:
-        Paths of PNG and SVG.
-    """
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for index, curve in enumerate(curves):
-        colour = f"C{index}"
-        axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.2, linewidth=0)
-        axes.plot(curve.x, curve.y, color=colour, label=curve.name)
-        axes.scatter([x for x, _ in curve.fitted], [y for _, y in curve.fitted], color=colour, s=18)
-        if curve.held_out is not None:
-            x, y = curve.held_out
-            axes.scatter([x], [y], color=colour, s=90, marker="*", edgecolors="black")
-    axes.set_xscale("log")
-    if logarithmic:
-        axes.set_yscale("log")
-    axes.set_xlabel("FLOPs of training")
-    axes.set_ylabel(metric)
-    axes.set_title("stars: held out; bands: 90% intervals of the laws", fontsize=9)
-    axes.legend(fontsize=8)
     return save_figure(figure, stem)

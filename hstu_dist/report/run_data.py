@@ -57,7 +57,7 @@ class RunData:
             return cls(
                 folder=folder,
                 config=config,
-                environment=_json(path / "environment.json"),
+                environment=folder.environment(),
                 result=folder.result() or {},
                 metrics=read_metrics(path),
                 plan=_json(path / "embedding_plan.json"),

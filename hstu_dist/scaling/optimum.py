@@ -24,6 +24,7 @@ class Optimum:
         tokens: that the budget leaves for such a model.
         loss: there.
         inside: whether the vertex lies between the smallest and the largest model; otherwise the best model is given.
+        parabola: its coefficients, highest power first, of the loss over the logarithm of the parameters.
     """
 
     compute: float
@@ -31,6 +32,7 @@ class Optimum:
     tokens: float
     loss: float
     inside: bool
+    parabola: tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def optima(points: Sequence[Point], metric: str) -> list[Optimum]:
                 tokens=float(np.exp(level + slope * best)),
                 loss=float(a * best**2 + b * best + c) if inside else float(loss.min()),
                 inside=inside,
+                parabola=(float(a), float(b), float(c)),
             )
         )
     return found

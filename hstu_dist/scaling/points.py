@@ -24,6 +24,8 @@ class Point:
         parameters: of the tower.
         tokens: inputs that it trained on.
         metrics: of the test split.
+        date: when it was started, ISO 8601, UTC.
+        commit: of the code that trained it.
     """
 
     run: str
@@ -35,6 +37,8 @@ class Point:
     parameters: int
     tokens: float
     metrics: dict[str, float]
+    date: str
+    commit: str
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class Family:
         metric: what was fitted.
         fitted: points that the law was fitted to.
         held_out: the largest; None: too few sizes to spare one.
-        fit: the law.
+        fit: the law; None: too few budgets for one, as an iso-FLOP sweep may have.
         optima: iso-FLOP optima.
         growth: of the optima.
     """
@@ -65,7 +65,7 @@ class Family:
     metric: str
     fitted: tuple[Point, ...]
     held_out: HeldOut | None
-    fit: Fit
+    fit: Fit | None
     optima: tuple[Optimum, ...]
     growth: Growth | None
 
@@ -78,8 +78,8 @@ class Family:
         sizes = _sizes(used)
         spare = len(sizes) > LEAST_SIZES
         fitted = [p for p in used if not spare or p.compute < sizes[-1] * (1 - _SAME_SIZE)]
-        fit = fit_law(kind_of(metric), *_columns(fitted, metric))
-        last = _held_out([p for p in used if p not in fitted], metric, fit) if spare else None
+        fit = fit_law(kind_of(metric), *_columns(fitted, metric)) if len(sizes) >= LEAST_SIZES else None
+        last = _held_out([p for p in used if p not in fitted], metric, fit) if spare and fit is not None else None
         return cls(
             name=name,
             metric=metric,
@@ -92,15 +92,10 @@ class Family:
 
     def document(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        law = self.fit.law
         return {
             "family": self.name,
             "metric": self.metric,
-            "law": kind_of(self.metric),
-            "parameters": law.parameters,
-            "intervals": {name: self.fit.parameter_interval(name) for name in law.parameters},
-            "resampled": [other.parameters for other in self.fit.resampled],
-            "r_squared": self.fit.r_squared,
+            **_law_document(self.metric, self.fit),
             "runs": [point.run for point in self.fitted],
             "held_out": None if self.held_out is None else {**asdict(self.held_out), "error": self.held_out.error},
             "optima": [asdict(optimum) for optimum in self.optima],
@@ -133,12 +128,12 @@ class Study:
         """
         families, excluded = [], list(accepted.excluded)
         for name in dict.fromkeys(point.family for point in accepted.points):
-            own = [point for point in accepted.points if point.family == name]
-            sizes = len(_sizes(own))
-            if sizes < LEAST_SIZES:
+            family = Family.of(name, [point for point in accepted.points if point.family == name], metric)
+            if family.fit is None and not family.optima:
+                sizes = len(_sizes(family.fitted))
                 excluded.append(f"{name}: not fitted, has {sizes} sizes, expected at least {LEAST_SIZES}")
             else:
-                families.append(Family.of(name, own, metric))
+                families.append(family)
         if not families:
             raise UserError(
                 f"scale fit: no curve to fit ({'; '.join(excluded)})",
@@ -172,6 +167,19 @@ class Study:
         if self.excluded:
             lines += ["", "Left out:", "", *(f"- {line}" for line in self.excluded)]
         return "\n".join(lines) + "\n"
+
+
+def _law_document(metric: str, fit: Fit | None) -> dict[str, Any]:
+    if fit is None:
+        return {"law": None}
+    names = fit.law.parameters
+    return {
+        "law": kind_of(metric),
+        "parameters": names,
+        "intervals": {name: fit.parameter_interval(name) for name in names},
+        "resampled": [other.parameters for other in fit.resampled],
+        "r_squared": fit.r_squared,
+    }
 
 
 def law_of(document: dict[str, Any], parameters: dict[str, float]) -> PowerLaw | LogLaw:
@@ -221,6 +229,8 @@ def _held_out(points: Sequence[Point], metric: str, fit: Fit) -> HeldOut:
 
 
 def _family_line(family: Family) -> str:
+    if family.fit is None:
+        return f"| {family.name} | none: {len(_sizes(family.fitted))} budgets, {LEAST_SIZES} are needed | | | | |"
     parts = []
     for name, value in family.fit.law.parameters.items():
         low, high = family.fit.parameter_interval(name)

@@ -68,6 +68,7 @@ def test_means_and_the_order_of_the_paper(tmp_path: Path) -> None:
 def test_a_quick_study_runs_and_then_skips_everything(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     command = ["appendix_c", "--quick", "--seeds", "1", "--threads", "1", "--device", "cpu", "--output", str(tmp_path)]
     assert main(command) == 0
+    assert load("appendix_c", tmp_path).value("400 records of 16", "prepare", "records") > 0
     before = (tmp_path / "appendix_c.json").read_bytes()
     caplog.clear()
     with caplog.at_level("INFO"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -109,3 +110,31 @@ def test_mistakes_of_the_command(sweep: Path, capsys: pytest.CaptureFixture[str]
     ):
         assert main(["scale", *words]) == 2
         assert expected in capsys.readouterr().err
+
+
+def test_an_iso_flop_sweep_gives_optima_and_a_picture_where_it_has_no_law(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three budgets; in each the loss is a parabola over the logarithm of the size, least at the middle model."""
+    widths = {"iso_a": 24, "iso_b": 32, "iso_c": 48}
+    for budget, best in widths.items():
+        for width in (best // 2, best, 2 * best):
+            distance = math.log(width / best)
+            words = [f"size={budget}3", f"model.width={width}", f"name={budget}_{width}"]
+            speed = {"training_flops": {"iso_a": 1e11, "iso_b": 4e11, "iso_c": 1.6e12}[budget], "train_seconds": 10.0}
+            speed["tokens_per_second"] = speed["training_flops"] / (60 * width**2)
+            test = {"loss": 5.0 + distance**2}
+            write_run(tmp_path, "scaling_hstu", f"{budget}3", words=words, speed=speed, test=test)
+    assert main(["scale", "fit", str(tmp_path)]) == 0
+    (family,) = json.loads((tmp_path / "fit" / "loss.json").read_text())["families"]
+    assert family["law"] is None and family["held_out"] is None
+    for optimum, width in zip(family["optima"], widths.values(), strict=True):
+        assert optimum["inside"]
+        assert optimum["parameters"] == pytest.approx(10 * width**2)
+        assert optimum["loss"] == pytest.approx(5.0)
+    assert family["growth"]["parameters"] + family["growth"]["tokens"] == pytest.approx(1)
+    assert "none: 3 budgets, 4 are needed" in capsys.readouterr().out
+    assert (tmp_path / "fit" / "loss_by_size.svg").stat().st_size > 500
+    assert not (tmp_path / "fit" / "loss.svg").exists()
+    assert main(["scale", "plan", str(tmp_path), "cluster=h100x8", "--target-loss", "4.9"]) == 2
+    assert "scaling_hstu: has no law" in capsys.readouterr().out
