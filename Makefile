@@ -11,7 +11,7 @@ SOURCES_OF_INSTALL := pyproject.toml hatch_build.py packaging/fbgemm-gpu-shim/py
 	$(wildcard hstu_dist/ops/csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install data train stream-demo results gpu report docs test test-long test-cluster coverage faults check format clean
+.PHONY: help install data train stream-demo results gpu report docs test test-long test-cluster coverage audit faults check format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -65,6 +65,9 @@ coverage: $(STAMP)  ## run the test suite and say which lines it never reaches; 
 	$(RUN) -m coverage run -m pytest -n 2 --dist worksteal -m "not slurm and not netns and not long" --timeout=900
 	$(RUN) -m coverage combine --quiet
 	$(RUN) -m coverage report
+
+audit: $(STAMP)  ## look all installed packages up in OSV's list of known vulnerabilities; needs api.osv.dev
+	$(RUN) packaging/audit.py
 
 faults: $(STAMP)  ## kill, stop, cut off and mislead small runs at random steps, and check how they end; needs root, minutes
 	$(RUN) -m benchmarks faults
