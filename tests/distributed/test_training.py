@@ -30,7 +30,7 @@ RUNS = {
 }
 # 60 users in batches of 19: the last batch of an epoch has 3, and so no share for the fourth rank
 STEPS_PER_EPOCH = 4
-EPOCHS = 13
+EPOCHS = 10
 
 
 def train_and_evaluate(data: Path, output: Path) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def train_and_evaluate(data: Path, output: Path) -> dict[str, Any]:
             assert config.model.dropout == 0.2
             session = build(config, world)
             losses: list[float] = []
-            epochs = EPOCHS if name in ("row_wise", "table_wise") else 2
+            epochs = EPOCHS if name == "row_wise" else 2
             trainer_of(session, TrainState(), epochs, [LossHook(losses)]).fit()
             users = [user for batch in session.loader(Split.TEST).epoch(0) for user in batch.row_ids.tolist()]
             found[name] = (losses, session.evaluate(Split.TEST), session.evaluate_popularity(Split.TEST), users)
@@ -70,7 +70,8 @@ def test_losses_do_not_depend_on_the_number_of_ranks(runs: Any, name: str, world
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_losses_do_not_depend_on_the_sharding(runs: Any, world_size: int) -> None:
-    assert runs[world_size][0]["table_wise"][0] == pytest.approx(runs[world_size][0]["row_wise"][0], rel=1e-6)
+    table_wise, row_wise = (runs[world_size][0][name][0] for name in ("table_wise", "row_wise"))
+    assert table_wise == pytest.approx(row_wise[: len(table_wise)], rel=1e-6)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
