@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-# pip-audit's default service passes over every package that it does not find, all of them behind a mirror, and ends well
+# pip-audit's default service passes over packages that it does not find, behind a mirror all of them, and ends well
 _PIP_AUDIT = [
     *(sys.executable, "-m", "pip_audit", "--vulnerability-service", "osv", "--skip-editable"),
     *("--progress-spinner", "off", "--format", "json", "--desc", "off"),
