@@ -52,17 +52,20 @@ def audit(packages: Path, names: list[str], port: int) -> subprocess.CompletedPr
     return subprocess.run([sys.executable, AUDIT, *options], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_what_is_known_fails_it_with_a_line_each(tmp_path: Path, service: int) -> None:
     done = audit(tmp_path, ["sound", "weak"], service)
     assert (done.returncode, done.stderr) == (1, "")
     assert done.stdout == "weak 1.0: PYSEC-1, mended in 1.1\n2 packages looked up, 1 vulnerabilities known\n"
 
 
+@pytest.mark.slow
 def test_nothing_known_is_success(tmp_path: Path, service: int) -> None:
     done = audit(tmp_path, ["sound"], service)
     assert (done.returncode, done.stdout) == (0, "1 packages looked up, 0 vulnerabilities known\n")
 
 
+@pytest.mark.slow
 def test_no_answer_is_one_line_and_not_success(tmp_path: Path) -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # and does not listen

@@ -83,6 +83,7 @@ def test_a_value_that_hydra_cannot_read_is_to_be_quoted() -> None:
     assert compose(["experiment=ml1m", 'output="s3://bucket?region=west"']).output == "s3://bucket?region=west"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", GROUPS["experiment"])
 def test_every_experiment_composes_alone_and_names_its_run(experiment: str) -> None:
     assert compose([f"experiment={experiment}"]).name == experiment
@@ -127,6 +128,7 @@ def test_an_option_in_its_place_is_what_hydra_composes(group: str, option: str) 
     assert replace(with_option("ml1m", group, option), experiment="ml1m") == hydras
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g in FREE for o in GROUPS[g] if len(GROUPS[g]) > 1])
 def test_every_option_composes_with_experiments_of_every_kind(group: str, option: str) -> None:
     task = OPTIONS_OF_ONE_TASK.get((group, option), "")
@@ -149,6 +151,7 @@ def test_every_option_composes_with_experiments_of_every_kind(group: str, option
                 with_option(experiment, group, option, *more)
 
 
+@pytest.mark.slow
 def test_choices_that_meet_in_the_model_compose_in_every_combination() -> None:
     base, choices = composed("experiment=ml1m"), []
     for group in ("model", "loss", "embedding"):
@@ -178,6 +181,7 @@ def keys_of(value: Any) -> Any:
     return {name: keys_of(v) for name, v in value.items()} if isinstance(value, dict) else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g in FREE for o in GROUPS[g]])
 def test_yaml_and_class_have_the_same_keys_and_the_yaml_states_the_defaults(group: str, option: str) -> None:
     ranking = OPTIONS_OF_ONE_TASK.get((group, option)) == "ranking"
@@ -276,6 +280,7 @@ BAD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("override", "expected"), BAD, ids=[override for override, _ in BAD])
 def test_a_bad_setting_is_one_line_that_names_it(override: str, expected: str) -> None:
     with pytest.raises(UserError) as caught:
@@ -296,6 +301,7 @@ def test_several_bad_settings_are_counted() -> None:
         run_config("nproc=0", "seed=-1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", GROUPS["experiment"])
 def test_settings_survive_a_file(experiment: str, tmp_path: Path) -> None:
     config = compose([f"experiment={experiment}", "optimizer.clip_norm=3", "optimizer.betas=[0.5,0.25]"])
@@ -324,6 +330,7 @@ def test_a_bad_file_is_one_line(content: str | None, expected: str, tmp_path: Pa
     assert expected in caught.value.problem and "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "override",
     [
@@ -345,6 +352,7 @@ def test_what_may_change_between_two_starts_of_a_run(override: str) -> None:
     assert difference(run_config(), run_config(override)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "expected"),
     [

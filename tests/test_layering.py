@@ -139,6 +139,7 @@ def test_launch_runs_on_a_login_node() -> None:
         assert not heavy, f"{file} imports {heavy}"
 
 
+@pytest.mark.slow
 def test_configuration_and_data_import_without_torch() -> None:
     launch = [str(f.relative_to(ROOT).with_suffix("")).replace("/", ".") for f in python_files("launch")]
     modules = [*WITHOUT_TORCH, *(m.removesuffix(".__init__") for m in launch if not m.endswith("__main__"))]

@@ -55,6 +55,7 @@ def runs(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int,
     return {size: run_ranks(size, train_and_evaluate, tiny_data, output) for size in (1, 2, 3, 4)}
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 @pytest.mark.parametrize("name", RUNS)
 def test_losses_do_not_depend_on_the_number_of_ranks(runs: Any, name: str, world_size: int) -> None:
@@ -68,12 +69,14 @@ def test_losses_do_not_depend_on_the_number_of_ranks(runs: Any, name: str, world
         assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_losses_do_not_depend_on_the_sharding(runs: Any, world_size: int) -> None:
     table_wise, row_wise = (runs[world_size][0][name][0] for name in ("table_wise", "row_wise"))
     assert table_wise == pytest.approx(row_wise[: len(table_wise)], rel=1e-6)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 @pytest.mark.parametrize("name", RUNS)
 def test_metrics_do_not_depend_on_the_number_of_ranks(runs: Any, name: str, world_size: int) -> None:
@@ -85,12 +88,14 @@ def test_metrics_do_not_depend_on_the_number_of_ranks(runs: Any, name: str, worl
         assert popularity == pytest.approx(popular, rel=1e-12)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_every_user_is_evaluated_once(runs: Any, world_size: int) -> None:
     users = [user for rank in runs[world_size] for user in rank["row_wise"][3]]
     assert sorted(users) == list(range(NUM_USERS))
 
 
+@pytest.mark.distributed
 def test_training_beats_popularity(runs: Any) -> None:
     _, metrics, popularity, _ = runs[1][0]["row_wise"]
     assert metrics["hr@10"] > 1.5 * popularity["hr@10"]

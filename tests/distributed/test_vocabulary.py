@@ -87,6 +87,7 @@ def stay(sharding: str, steps: int) -> dict[int, tuple[int, list[float]]]:
         return contents(tables)
 
 
+@pytest.mark.distributed
 def test_restored_on_1_2_4_3_and_1_ranks_an_id_finds_its_row_as_it_was(tmp_path: Path) -> None:
     written: dict[int, tuple[int, list[float]]] = {}
     for turn, (ranks, sharding) in enumerate(
@@ -130,6 +131,7 @@ def rows_that_change_hands(sharding: str, replicas: int) -> tuple[int, float]:
         return given, trace
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("sharding", "replicas", "ranks"),
     [("row_wise", 1, 2), ("column_wise", 1, 2), ("data_parallel", 1, 2), ("row_wise", 2, 4), ("row_wise", 1, 1)],
@@ -154,6 +156,7 @@ def look_twice() -> tuple[bool, list[int], list[bool]]:
         return same, vocabulary.usage.take(), known.tolist()
 
 
+@pytest.mark.distributed
 def test_an_evaluation_admits_nobody_and_counts_for_nothing() -> None:
     (same, usage, known), (also_same, other_usage, other_known) = run_ranks(2, look_twice)
     assert same and also_same

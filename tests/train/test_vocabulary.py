@@ -60,6 +60,7 @@ def whole(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.distributed
 def test_killed_it_goes_on_as_if_nothing_had_happened(whole: Path, files: Path, tmp_path: Path) -> None:
     fates: list[Callable[[], None]] = [dies_in_step(6), dies_in_step(17)]
     for fate in fates:
@@ -72,6 +73,7 @@ def test_killed_it_goes_on_as_if_nothing_had_happened(whole: Path, files: Path, 
     assert {f.xxh3 for f in manifest.files.values()} == {f.xxh3 for f in whole_manifest.files.values()}
 
 
+@pytest.mark.distributed
 def test_rates_are_logged(whole: Path) -> None:
     lines = [line for line in read_metrics(whole / "stream") if "vocabulary/item/collisions" in line]
     assert lines and all(0 <= line["vocabulary/item/collisions"] <= 1 for line in lines)
@@ -83,6 +85,7 @@ def test_rates_are_logged(whole: Path) -> None:
     assert 0 < outcome(whole)[0]["test"]["hr@10"] < 1
 
 
+@pytest.mark.distributed
 def test_its_checkpoint_is_inspected_resharded_verified_and_exported(whole: Path, tmp_path: Path) -> None:
     run, said = whole / "stream", []
     offline.inspect(run, said.append)
@@ -101,6 +104,7 @@ def test_its_checkpoint_is_inspected_resharded_verified_and_exported(whole: Path
     assert exported["item_table.weight"].shape == (ROWS, 8)
 
 
+@pytest.mark.distributed
 def test_commands_that_need_a_static_vocabulary_say_so(whole: Path) -> None:
     with pytest.raises(UserError, match=r"vocabulary\.kind=zch, which this command cannot follow"):
         run_of(whole / "stream", [])
@@ -121,6 +125,7 @@ def prepared(data: Path, output: Path, kind: str) -> RunConfig:
     return compose([*tiny_overrides(data, output), f"embedding.vocabulary={vocabulary}", "trainer.epochs=1"])
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("kind", ["zch", "hash"])
 def test_prepared_data_trains_with_fewer_rows_than_items(kind: str, tmp_path: Path) -> None:
     data = write_tiny_dataset(tmp_path)
