@@ -10,6 +10,9 @@ STAMP := $(VENV)/.installed
 SOURCES_OF_INSTALL := pyproject.toml hatch_build.py packaging/fbgemm-gpu-shim/pyproject.toml \
 	$(wildcard hstu_dist/ops/csrc/*)
 
+# many processes start below, and each would compile all modules anew
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help install data train stream-demo results gpu report docs test test-long test-cluster coverage audit faults check format clean
 
