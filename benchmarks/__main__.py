@@ -26,6 +26,8 @@ BENCHMARKS: Mapping[str, str] = {
     "embedding": "embedding tables: lookup with update against nn.Embedding, share of a step, memory of a large table",
     "data": "events/s of reading and batching, Stochastic Length, balance of 64 simulated ranks",
     "stream": "following a stream: events/s and memory in steady state, and MovieLens-1M predicted week by week",
+    "vocabulary": "growing vocabularies against hashing on a stream whose items come and go: HR@10 of ids, by memory",
+    "vocabulary_step": "what a growing vocabulary costs a step, by rows of the table and policy of eviction",
     "prepare": "event logs to sequences: seconds and memory by size and limit, and reading 100 million events back",
     "checkpoint": "saving and loading 1 GB on two ranks against the disk, and how long training stands still",
     "kernels": "the Triton kernels compiled ahead of time: registers, spills, shared memory, roofline; needs no GPU",

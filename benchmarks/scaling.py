@@ -31,12 +31,15 @@ from launch.__main__ import main as launch
 NAME = "scaling_law"
 FITS = "scaling"
 """Folder of the fits, beside the summary."""
-SWEEPS: Mapping[str, tuple[str, ...]] = {"scaling": ("loss", "hr@10"), "isoflop": ("loss",)}
+SCALING = "scaling"
+SWEEPS: Mapping[str, tuple[str, ...]] = {SCALING: ("loss", "hr@10"), "isoflop": ("loss",)}
 """Each is conf/sweep/NAME.yaml, with the metrics to be fitted; the loss is first."""
 OURS, BASELINE = "scaling_hstu", "scaling_sasrec"
 PARTIAL = ("sweeps",)
 _ERROR, _R_SQUARED = 0.03, 0.98
 """Of the held-out loss, at most; of HSTU's loss, at least."""
+_CORES, _HOURS = 2, 4
+"""That the ladder may take, with one thread a run."""
 _TINY = (
     "data.num_records=1200",
     "data.num_items=60",
@@ -101,7 +104,10 @@ def run(options: argparse.Namespace) -> int:
 
 def _sweeps(options: argparse.Namespace) -> Sweeps:
     runs = options.runs or (options.output / f"{NAME}_runs" if options.quick else Path("runs"))
-    settings = [f"trainer.threads={options.threads or 1}", f"trainer.device={options.device.type}"]
+    settings = [f"trainer.threads={options.threads or 1}"]
+    if options.device.type == "cpu" and torch.cuda.is_available():
+        # a run takes a GPU where there is one
+        settings.append("trainer.device=cpu")
     if options.quick:
         settings += [*_TINY, f"data.path={options.output / f'{NAME}_data'}"]
     return Sweeps(
@@ -147,6 +153,7 @@ def write_summary(studies: dict[str, Study], sweeps: Sweeps) -> Results:
 
 
 def _rows(sweep: str, study: Study) -> Iterator[Row]:
+    yield row(sweep, "all runs", "training", _hours(study), "h")
     for family in study.families:
         if family.fit is not None:
             yield from _law_rows(sweep, family.name, family.fit)
@@ -162,6 +169,11 @@ def _rows(sweep: str, study: Study) -> Iterator[Row]:
             yield row(f"{sweep}, growth of the optimum", family.name, "tokens", family.growth.tokens)
 
 
+def _hours(study: Study) -> float:
+    """Of training, all runs one after the other."""
+    return sum(point.seconds for point in study.points) / 3600
+
+
 def _law_rows(sweep: str, name: str, fitted: Fit) -> Iterator[Row]:
     """Parameters of a law, with quartiles over the resampled ones."""
     yield row(sweep, name, "R²", fitted.r_squared)
@@ -175,6 +187,10 @@ def _law_rows(sweep: str, name: str, fitted: Fit) -> Iterator[Row]:
 
 def _ratios(sweep: str, study: Study) -> Iterator[Ratio]:
     """Above 1 it is as it should be."""
+    if sweep == SCALING:
+        limit = f"limit of {_CORES * _HOURS} h of a core"
+        value = _CORES * _HOURS / _hours(study)
+        yield Ratio(case=sweep, metric="training", a=limit, b="all runs", value=value, target=1.0)
     families = {family.name: family for family in study.families}
     for name, family in families.items():
         if family.held_out is not None:

@@ -116,7 +116,7 @@ def test_imports_go_one_way(file: Path) -> None:
         ("duckdb", {"data/duckdb_engine.py"}),
         ("pyspark", {"data/spark_engine.py"}),
         ("xxhash", {"checkpoint"}),
-        ("matplotlib", {"report/plots.py", "report/run_plots.py"}),
+        ("matplotlib", {"report/plots.py", "report/run_plots.py", "report/scaling_plots.py"}),
         ("jinja2", {"report/run_page.py"}),
         ("faiss", {"inference/hnsw.py"}),
         ("aiohttp", {"inference/server.py"}),

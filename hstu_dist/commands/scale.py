@@ -163,6 +163,6 @@ def _items(config: RunConfig) -> int | None:
 
 def _draw(study: Study, stem: Path) -> tuple[Path, ...]:
     # matplotlib takes half a second to import
-    from hstu_dist.report.scaling import save_study
+    from hstu_dist.report.scaling_plots import save_study
 
     return save_study(study, stem)

@@ -130,6 +130,7 @@ def _point(run: RunFolder) -> Point:
         compute=float(speed["training_flops"]),
         parameters=int(result["dense_parameters"]),
         tokens=float(speed["tokens_per_second"] * speed["train_seconds"]),
+        seconds=float(speed["train_seconds"]),
         metrics={name: float(value) for name, value in result["test"].items()},
         date=str(environment.get("date", "")),
         commit=str(environment.get("commit", "unknown")),

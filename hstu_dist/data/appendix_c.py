@@ -158,7 +158,7 @@ def item_categories(config: AppendixCConfig) -> Ints:
     """[num_items] int64, the category of each item.
 
     Of every run of num_categories ids each category gets one (`even`), or of the first run only, so that every category
-    has an item from the start, and then any at random (`random`).
+    has an item from the start, and then any at random, all alike (`random`) or by shares of their own (`simplex`).
     """
     C, V = config.num_categories, config.num_items
     runs = -(-V // C)
@@ -166,6 +166,9 @@ def item_categories(config: AppendixCConfig) -> Ints:
     found: Ints = np.argsort(keys, axis=1, kind="stable")
     if config.item_law == "random":
         found[1:] = (keys[1:] * C).astype(np.int64)
+    elif config.item_law == "simplex":
+        shares = np.cumsum(-np.log1p(-uniform((config.seed, _ITEMS, 1), (C,))))
+        found[1:] = np.searchsorted(shares[:-1] / shares[-1], keys[1:], side="right")
     return found.reshape(-1)[:V]
 
 

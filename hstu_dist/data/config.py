@@ -222,7 +222,8 @@ class AppendixCConfig(_SequencesConfig):
         record_length: events of each.
         num_items: item ids are 0 to num_items - 1.
         num_categories: each item has one.
-        item_law: categories of items: even, as many of each among ids that follow each other; or random.
+        item_law: categories of items: even, as many of each among ids that follow each other; random, each category as
+            likely as any other; or simplex, random with shares drawn uniformly from all distributions.
         open_share: of the ids, those that exist at the first record; the share grows linearly to 1.
         max_categories: of a record.
         count_law: how many a record has: uniform, 1 to max_categories; or always that many (max).
@@ -237,7 +238,7 @@ class AppendixCConfig(_SequencesConfig):
     record_length: int = Field(default=128, gt=1)
     num_items: int = Field(default=20_000, gt=0, le=2**31)
     num_categories: int = Field(default=100, gt=0)
-    item_law: Literal["even", "random"] = "random"
+    item_law: Literal["even", "random", "simplex"] = "random"
     open_share: float = Field(default=0.4, gt=0, le=1)
     max_categories: int = Field(default=5, gt=0)
     count_law: Literal["uniform", "max"] = "uniform"

@@ -56,6 +56,11 @@ class Recommender(SharedModel):
         vocabulary = self.tables.vocabularies.get(ITEM)
         return None if vocabulary is None else vocabulary.occupied()
 
+    def listed_rows(self) -> Tensor | None:
+        """[N] int32, their numbers, ascending; None: all may."""
+        vocabulary = self.tables.vocabularies.get(ITEM)
+        return None if vocabulary is None else vocabulary.occupied_rows()
+
     def encode(self, items_TD: Tensor, batch: JaggedBatch, noise_key: int) -> Tensor:
         """Unit vectors [T, D] that score the item after each event; the backward averages over ranks.
 

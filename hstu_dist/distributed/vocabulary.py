@@ -76,6 +76,9 @@ class RowVocabulary(Protocol):
     def occupied(self) -> Tensor | None:
         """[num_rows] bool, rows that stand for an id; None: all may."""
 
+    def occupied_rows(self) -> Tensor | None:
+        """Numbers of the rows that stand for an id, ascending, [O] int32; None: all may."""
+
     def state_tensors(self) -> dict[str, Any]:
         """What a checkpoint needs, by name, plain or sharded; whoever has them may fill them."""
 
@@ -104,6 +107,9 @@ class HashedVocabulary:
     def occupied(self) -> None:
         """Every row may stand for an id."""
 
+    def occupied_rows(self) -> None:
+        """As `occupied`."""
+
     def state_tensors(self) -> dict[str, Any]:
         """Nothing."""
         return {}
@@ -127,6 +133,7 @@ class GrowingVocabulary:
         self._step = torch.zeros((), dtype=torch.int64)
         self._interval = config.eviction_interval or 1
         self._occupied: Tensor | None = None
+        self._occupied_rows: Tensor | None = None
 
     def find(self, ids: Tensor, admit: bool) -> FoundRows:
         """As of `RowVocabulary`."""
@@ -156,11 +163,18 @@ class GrowingVocabulary:
             self._occupied = mask.bool()
         return self._occupied
 
+    def occupied_rows(self) -> Tensor:
+        """As of `RowVocabulary`; made anew only when a row was given away that nobody had."""
+        if self._occupied_rows is None:
+            # each rank holds them all: half of the memory of int64
+            self._occupied_rows = self.occupied().nonzero().squeeze(1).int()
+        return self._occupied_rows
+
     def state_tensors(self) -> dict[str, Any]:
         """As of `RowVocabulary`."""
         # they may be filled: what is derived from them is derived anew
         self._buckets.loaded()
-        self._occupied = None
+        self._occupied = self._occupied_rows = None
         sharded = {name: self._sharded(value) for name, value in self._buckets.state.items()}
         return {"step": self._step, **sharded}
 
@@ -178,6 +192,8 @@ class GrowingVocabulary:
         if rows.numel():
             self._reset(rows)
             if self._occupied is not None:
+                if not bool(self._occupied[rows].all()):
+                    self._occupied_rows = None
                 self._occupied[rows] = True
 
     def _exchange(self, values: Tensor, sent: list[int]) -> tuple[Tensor, list[int]]:

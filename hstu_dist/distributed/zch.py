@@ -131,10 +131,12 @@ class Buckets:
         for name in ("keys", *(["waiting_keys"] if waiting else [])):
             self.state[name] = torch.full((rows,), EMPTY, device=device)
         self._index: tuple[Tensor, Tensor] | None = None
+        # keys that wait, by bucket: finding them among all rows in every step would cost more than all else
+        self._waits: list[int] | None = None
 
     def loaded(self) -> None:
         """To be called when `state` was filled from outside."""
-        self._index = None
+        self._index = self._waits = None
 
     def rows_of(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Row numbers of keys of these buckets, int64, and whether each has a row of its own, bool."""
@@ -198,14 +200,24 @@ class Buckets:
 
     def _waiting(self) -> Met:
         names = ("waiting_keys", "waiting_counts", f"waiting_{_LAST}")
-        found = Met(*(self.state[name] for name in names))
-        return found.at(found.keys != EMPTY)
+        parts = self._waiting_parts()
+        return Met(*(torch.cat([self.state[name][:0], *(self.state[name][part] for part in parts)]) for name in names))
+
+    def _waiting_parts(self) -> list[slice]:
+        """Where keys wait: from the first row of each bucket on."""
+        keys = self.state["waiting_keys"]
+        if self._waits is None:
+            self._waits = [int((keys[self._block(bucket)] != EMPTY).sum()) for bucket in self.which]
+        starts = [self._block(bucket).start for bucket in self.which]
+        return [slice(start, start + size) for start, size in zip(starts, self._waits, strict=True)]
 
     def _wait(self, met: Met) -> None:
         """Keeps look-ups for the next eviction: of each bucket as many keys as it has rows, those met most."""
         if self._interval == 1:
             return
-        self.state["waiting_keys"].fill_(EMPTY)
+        for part in self._waiting_parts():
+            self.state["waiting_keys"][part] = EMPTY
+        self._waits = []
         for bucket, mine in self._by_bucket(met):
             block = self._block(bucket)
             room = block.stop - block.start
@@ -215,6 +227,7 @@ class Buckets:
             self.state["waiting_keys"][filled] = mine.keys
             self.state["waiting_counts"][filled] = mine.counts
             self.state[f"waiting_{_LAST}"][filled] = mine.last
+            self._waits.append(mine.keys.numel())
 
 
 def _policy(config: VocabularyConfig) -> MCHEvictionPolicy:

@@ -19,7 +19,7 @@ from hstu_dist.files import write_atomically
 from hstu_dist.report.results import Results
 
 Curves = dict[str, dict[str, list[tuple[int, float]]]]
-"""Metric → line → its points (epoch, value)."""
+"""Metric → line → its points (epoch or the like, value)."""
 
 
 def save_figure(figure: Figure, stem: Path) -> tuple[Path, Path]:
@@ -89,13 +89,14 @@ def save_bars(results: Results, metric: str, stem: Path) -> tuple[Path, Path]:
     return save_figure(figure, stem)
 
 
-def save_curves(curves: Curves, title: str, stem: Path) -> tuple[Path, Path]:
+def save_curves(curves: Curves, title: str, stem: Path, over: str = "epoch") -> tuple[Path, Path]:
     """One panel per metric, one line per name; names that differ in their seed alone share a colour.
 
     Args:
         curves: what to draw.
         title: of the figure.
         stem: where, without suffix.
+        over: what the points follow each other in.
 
     Returns:
         Paths of PNG and SVG.
@@ -110,7 +111,7 @@ def save_curves(curves: Curves, title: str, stem: Path) -> tuple[Path, Path]:
             colour = colours.setdefault(kind, f"C{len(colours)}")
             panel.plot(*zip(*sorted(points), strict=True), color=colour, label=label, linewidth=1)
         panel.set_title(metric, fontsize=9)
-        panel.set_xlabel("epoch", fontsize=8)
+        panel.set_xlabel(over, fontsize=8)
         panel.tick_params(labelsize=8)
     panels[0].legend(fontsize=8)
     figure.suptitle(title, fontsize=9)

@@ -47,8 +47,30 @@ TOPICS: Mapping[str, Topic] = {
         title="The paper's synthetic stream",
         note="Appendix C, Table 2: one pass in order over the first 90% of the stream, every event of held-out records "
         "of the last 10% predicted among all items. Means over the seeds (quartiles in brackets). Above 1 in a ratio "
-        "means that the paper's order holds. Published figures are of the whole stream and models of unknown size.",
+        "means that the paper's order holds. The oracle knows the laws of the stream and all but the draws to come. "
+        "Published figures are of the whole stream and models of unknown size.",
         metrics=("hr@10", "hr@50", "loss", "training TFLOP", "dense parameters"),
+    ),
+    "scaling_law": Topic(
+        title="Scaling laws",
+        note="Loss on held-out records of the synthetic stream, in nats. The ladder of sizes and its law "
+        "E + A (C / unit)^-beta, fitted to all but the largest run (brackets: quartiles over refits to resampled "
+        "residuals); then the optima at equal compute. Gaps are the Transformer's law over HSTU's at equal compute, "
+        "as fitted and at the nearer ends of their 90% intervals.",
+        headlines={
+            "limit of 3% over the error of HSTU's predicted largest run:": (
+                "scaling",
+                "held-out error",
+                "limit of 3%",
+                "scaling_hstu",
+            ),
+            "loss of the Transformer over HSTU's at 1e13 FLOPs:": (
+                "scaling, 1e13 FLOPs",
+                "loss",
+                "scaling_sasrec",
+                "scaling_hstu",
+            ),
+        },
     ),
     "attention_cpu": Topic(
         title="Attention on a CPU",
@@ -150,6 +172,26 @@ TOPICS: Mapping[str, Topic] = {
                 "popularity",
             )
         },
+    ),
+    "vocabulary": Topic(
+        title="Vocabularies on a drifting stream",
+        note="An eighth of the live items is replaced by new ids every window; each window is predicted before it is "
+        "trained on, among the ids that live then, the same for all, ids of one row ordered at random. Means over the "
+        "second half of the windows and the seeds (quartiles in brackets). Hashing has the rows that fit the bytes of "
+        "zch with its ids; *all ids to come* has a row for every id, several times as many.",
+        headlines={
+            "HR@10 of ids, zch over hashing in the same bytes:": (
+                "rows for 1.25 times the live ids",
+                "hr@10, mean of 3 seeds",
+                "zch, distance_lfu",
+                "hash, same bytes",
+            )
+        },
+    ),
+    "vocabulary_step": Topic(
+        title="A step with a growing vocabulary",
+        note="Ids to rows, the rows that negatives are drawn from, lookup and update with row-wise Adagrad on "
+        "one rank: a mean over 10 steps, one of which evicts. A ratio is speed over that with row numbers.",
     ),
     "inference": Topic(
         title="Scoring and serving",

@@ -23,6 +23,7 @@ class Point:
         compute: FLOPs of training.
         parameters: of the tower.
         tokens: inputs that it trained on.
+        seconds: of training.
         metrics: of the test split.
         date: when it was started, ISO 8601, UTC.
         commit: of the code that trained it.
@@ -36,6 +37,7 @@ class Point:
     compute: float
     parameters: int
     tokens: float
+    seconds: float
     metrics: dict[str, float]
     date: str
     commit: str

@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 from hstu_dist.files import replacing
 from hstu_dist.scaling.points import Point
 
-_FIELDS = ("run", "family", "seed", "compute", "parameters", "tokens", "date", "commit")
+_FIELDS = ("run", "family", "seed", "compute", "parameters", "tokens", "seconds", "date", "commit")
 
 
 def write_points(points: Sequence[Point], path: Path) -> None:
-    """One row a run: name, family, seed, FLOPs, parameters of the tower, tokens, date, commit, every test metric."""
+    """One row a run: the fields of `Point` that tell it apart, and every test metric."""
     metrics = sorted({metric for point in points for metric in point.metrics})
     columns = {name: [getattr(point, name) for point in points] for name in _FIELDS}
     columns |= {f"test/{metric}": [point.metrics.get(metric) for point in points] for metric in metrics}

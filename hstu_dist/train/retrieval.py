@@ -87,12 +87,11 @@ class RetrievalObjective:
         noise = token_noise(batch, self.model.max_length, fold(self.seed, step, _NEGATIVES))
         if batch.trained is not None:
             noise = TokenNoise(noise.key, noise.tokens[batch.trained])
-        listed_V, draw = self.model.listed(), self.model.tower.rows.integers
-        if listed_V is None or not bool(listed_V.any()):
+        rows, draw = self.model.listed_rows(), self.model.tower.rows.integers
+        if rows is None or not rows.numel():
             return draw(noise, self.loss.num_negatives, self.model.num_items)
         # rows that nobody has yet would be wasted
-        rows = listed_V.nonzero().squeeze(1)
-        return rows[draw(noise, self.loss.num_negatives, rows.numel())]
+        return rows[draw(noise, self.loss.num_negatives, rows.numel())].long()
 
     def _needed(self, batch: JaggedBatch, negatives: Tensor | None, work: Workload) -> IdSet:
         num_items = self.model.num_items

@@ -11,9 +11,11 @@ import pytest
 from benchmarks import appendix_c
 from benchmarks.__main__ import main
 from benchmarks.appendix_c import CONTENDERS, Cell, Study, write_cell, write_summary
+from benchmarks.appendix_c_oracle import best_hit_rates
 from benchmarks.study_cells import Run
 from hstu_dist.commands.scale_cells import training_compute
 from hstu_dist.config import compose
+from hstu_dist.data.config import AppendixCConfig
 from hstu_dist.models.flops import count_parameters
 from hstu_dist.report.results import load
 
@@ -62,6 +64,23 @@ def test_means_and_the_order_of_the_paper(tmp_path: Path) -> None:
         ("hstu, softmax", "transformer"): True,
         ("hstu", "transformer"): True,
     }
+
+
+def test_nobody_can_do_better_than_the_oracle() -> None:
+    """Items of a category are alike: of the 12 of a record's only one, three are hit in 3 of 12 cases."""
+    single = AppendixCConfig(
+        num_records=64,
+        record_length=9,
+        num_items=48,
+        num_categories=4,
+        item_law="even",
+        max_categories=1,
+        open_share=1.0,
+    )
+    assert best_hit_rates(single, range(32, 64), (3, 12, 20)) == pytest.approx({3: 3 / 12, 12: 1.0, 20: 1.0})
+    # two categories of 24 items with equal weight, all draws from the prior
+    double = replace(single, num_categories=2, max_categories=2, count_law="max", prior="even", max_concentration=1e12)
+    assert best_hit_rates(double, range(10), (3, 48)) == pytest.approx({3: 3 / 48, 48: 1.0}, rel=1e-6)
 
 
 @pytest.mark.long

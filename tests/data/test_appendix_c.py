@@ -23,6 +23,7 @@ LAWS = [
     replace(SMALL, count_law="max", prior="even"),
     replace(SMALL, item_law="even", open_share=0.08),
     replace(SMALL, max_categories=12, max_concentration=1.0),
+    replace(SMALL, item_law="simplex"),
 ]
 
 
@@ -97,7 +98,7 @@ def test_sets_of_categories_are_all_alike() -> None:
     assert sorted(distinct(uniform((2,), (4, 1)), 4)[:, 0].tolist()) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("law", ["even", "random"])
+@pytest.mark.parametrize("law", ["even", "random", "simplex"])
 def test_every_category_has_an_item_from_the_start(law: str) -> None:
     config = replace(SMALL, item_law=law, num_items=155)
     categories = item_categories(config)

@@ -16,6 +16,7 @@ from hstu_dist.distributed.planner import build_tables
 from hstu_dist.distributed.process_group import process_group
 from hstu_dist.distributed.tables import EmbeddingTables
 from hstu_dist.distributed.vocabulary import GrowingVocabulary, HashedVocabulary
+from hstu_dist.distributed.zch import EMPTY
 from tests.distributed.cases import whole
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_tables import state_of, tensors_of, train_step, weights_of
@@ -154,6 +155,32 @@ def look_twice() -> tuple[bool, list[int], list[bool]]:
         listed = vocabulary.occupied()
         assert listed is not None and int(listed.sum()) == 2
         return same, vocabulary.usage.take(), known.tolist()
+
+
+def listed_rows_as_a_vocabulary_fills() -> tuple[list[int], int]:
+    with process_group("cpu", 60):
+        vocabulary = tables_of().vocabularies[ITEM]
+        sizes, made = [], 0
+        before: Tensor | None = None
+        for step in range(30):
+            vocabulary.find(everyones_ids(step)[dist.get_rank() :: dist.get_world_size()], admit=True)
+            mask, rows = vocabulary.occupied(), vocabulary.occupied_rows()
+            assert mask is not None and rows is not None and torch.equal(rows.long(), mask.nonzero().squeeze(1))
+            sizes.append(rows.numel())
+            made += rows is not before
+            before = rows
+        vocabulary.state_tensors()["keys"].local_shards()[0].tensor.fill_(EMPTY)
+        # as after a checkpoint was loaded: of this rank's rows none is left
+        assert vocabulary.occupied_rows().numel() < sizes[-1]  # type: ignore[union-attr]
+        return sizes, made
+
+
+@pytest.mark.distributed
+def test_rows_that_stand_for_an_id_are_listed_anew_only_while_there_are_more() -> None:
+    for sizes, made in run_ranks(2, listed_rows_as_a_vocabulary_fills):
+        assert sizes == sorted(sizes) and sizes[0] == 0 and sizes[-1] == SHAPE.num_rows - 5
+        # not in every step, and not for rows that only change hands
+        assert made == len(set(sizes)) < 10
 
 
 @pytest.mark.distributed

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hstu_dist.distributed.config import VocabularyConfig
 from hstu_dist.distributed.zch import EMPTY, Buckets, Layout, Met, ids_of, keys_of
@@ -135,6 +137,32 @@ def test_more_new_ids_than_rows_wait_by_how_often_they_were_met() -> None:
     buckets.meet(met([7], 2), 2)
     rows, known = buckets.rows_of(keys_of(torch.tensor([7, 8])))
     assert known.all() and rows.unique().numel() == 2
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that any operation gave."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        sizes = [part.numel() for part in tree_leaves(found) if isinstance(part, torch.Tensor)]
+        self.elements = max(self.elements, *sizes, 0)
+        return found
+
+
+def test_between_two_evictions_nothing_of_the_size_of_the_table_is_touched() -> None:
+    rows, config = 100_000, VocabularyConfig(kind="zch", eviction_interval=4, buckets=4)
+    buckets = Buckets(config, Layout(num_rows=rows, buckets=4), range(4), CPU)
+    steps = {}
+    for step, ids in enumerate(stream(5, 8), start=1):
+        with Largest() as largest:
+            buckets.meet(met(ids, step), step)
+            buckets.rows_of(keys_of(torch.tensor(ids)))
+        steps[step] = largest.elements
+    # the first step looks for what a checkpoint may have brought, the first after an eviction makes an index
+    assert all(steps[step] < 1000 for step in (2, 3, 6, 7))
+    assert steps[4] >= rows // 4 and steps[8] >= rows // 4
 
 
 def test_keys_can_be_turned_back_into_ids() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from hstu_dist.checkpoint.manifest import read_manifest
@@ -18,10 +19,12 @@ from hstu_dist.commands.train import train
 from hstu_dist.commands.trained import run_of
 from hstu_dist.config import RunConfig, compose
 from hstu_dist.data.split import Split
+from hstu_dist.data.stream.keys import text_words
 from hstu_dist.distributed.table_plan import configured_plan
 from hstu_dist.errors import UserError
 from hstu_dist.preflight import specs_of
 from hstu_dist.train.metrics_file import read_metrics
+from hstu_dist.train.trainer import Trainer
 from tests.data.stream.cases import events_of, table_of
 from tests.distributed.ranks import RanksFailedError, run_ranks
 from tests.tiny import tiny_overrides, write_tiny_dataset
@@ -102,6 +105,64 @@ def test_its_checkpoint_is_inspected_resharded_verified_and_exported(whole: Path
     assert int(owned.sum()) == ROWS - 4
     assert all(abs(item) % 2**33 in (1, 2**33 - 1) for item in exported["item_table.ids"][owned].tolist())
     assert exported["item_table.weight"].shape == (ROWS, 8)
+
+
+def write_text_stream(folder: Path, hashed: bool) -> Path:
+    """Users and items named by text, a few items leaving and coming every hour; or by the hashes of these texts."""
+    for hour, events in enumerate(events_of(HOURS, users=30, a_user=4)):
+        names = {
+            "user_id": [f"user {number}" for number in events.users.tolist()],
+            "item_id": [f"ártículo/{number + 3 * hour}" for number in events.items.tolist()],
+        }
+        table = table_of(events)
+        for column, texts in names.items():
+            values = pa.array(texts, pa.large_string())
+            found = pa.array(text_words(values).view("int64")) if hashed else values
+            table = table.set_column(table.column_names.index(column), column, found)
+        file = folder / f"hour={hour:04d}" / "part-0.parquet"
+        file.parent.mkdir(parents=True)
+        pq.write_table(table, file)
+    (folder / "_SUCCESS").touch()
+    return folder
+
+
+def stops_in_third_window(files: Path, output: Path) -> None:
+    counted = Trainer._count
+
+    def count(trainer: Trainer, *arguments: Any) -> None:
+        counted(trainer, *arguments)
+        if trainer.state.epoch == 2:
+            (output / "stream" / "stop").touch()
+
+    Trainer._count = count  # type: ignore[method-assign]
+    run_stream(files, output, None, *ZCH)
+
+
+@pytest.mark.distributed
+def test_text_ids_are_trained_saved_and_restored_at_another_number_of_ranks(tmp_path: Path) -> None:
+    texts = write_text_stream(tmp_path / "texts", hashed=False)
+    hashes = write_text_stream(tmp_path / "hashes", hashed=True)
+    run_ranks(1, stops_in_third_window, texts, tmp_path / "a", timeout=60)
+    (tmp_path / "a" / "stream" / "stop").unlink()
+    assert not (tmp_path / "a" / "stream" / "result.json").exists()
+    run_ranks(2, run_stream, texts, tmp_path / "a", None, *ZCH, timeout=60)
+    run_ranks(2, run_stream, hashes, tmp_path / "b", None, *ZCH, timeout=60)
+    (result, manifest), (expected, other_manifest) = outcome(tmp_path / "a"), outcome(tmp_path / "b")
+    assert result["steps"] == expected["steps"] and manifest.state["epoch"] == other_manifest.state["epoch"] == HOURS
+    assert result["test"]["mrr"] == pytest.approx(expected["test"]["mrr"], rel=0.05)
+    tables = []
+    for name in ("a", "b"):
+        offline.export(tmp_path / name / "stream", tmp_path / f"{name}.safetensors", [].append)
+        tables.append(load_file(tmp_path / f"{name}.safetensors"))
+    found, by_hash = tables
+    for name in ("item_table.ids", "item_table.occupied"):
+        assert torch.equal(found[name], by_hash[name])
+    owned = found["item_table.occupied"].bool()
+    every = text_words(pa.array([f"ártículo/{number}" for number in range(100)], pa.large_string())).view("int64")
+    assert int(owned.sum()) == ROWS - 4 and set(found["item_table.ids"][owned].tolist()) <= set(every.tolist())
+    assert torch.allclose(found["item_table.weight"][owned], by_hash["item_table.weight"][owned], atol=1e-2)
+    # every file was taken
+    assert not (tmp_path / "a" / "stream" / "quarantine.jsonl").exists()
 
 
 @pytest.mark.distributed
