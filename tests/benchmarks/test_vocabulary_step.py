@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks.__main__ import main
 from benchmarks.vocabulary_step import KINDS, METRIC, STATIC, Steps
 from hstu_dist.distributed.process_group import process_group
