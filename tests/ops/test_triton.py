@@ -54,6 +54,7 @@ def test_more_in_the_interpreter() -> None:
     assert interpret(MORE_NAMES) == dict.fromkeys(MORE_NAMES, "")
 
 
+@pytest.mark.slow
 def test_the_door_does_not_load_triton() -> None:
     loaded = python("-c", "import hstu_dist.ops.attention, sys; print('triton' in sys.modules)")
     assert loaded.strip() == "False"

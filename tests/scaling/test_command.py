@@ -79,6 +79,7 @@ def test_too_few_finished_cells(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "got no runs" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_data_sets_do_not_mix(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_run(copied, "scaling_hstu", "s07", words=["data.num_items=3000"])
     (copied / "cells.json").unlink()
