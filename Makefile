@@ -10,8 +10,11 @@ STAMP := $(VENV)/.installed
 SOURCES_OF_INSTALL := pyproject.toml hatch_build.py packaging/fbgemm-gpu-shim/pyproject.toml \
 	$(wildcard hstu_dist/ops/csrc/*)
 
+# many processes start below, and each would compile all modules anew
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
-.PHONY: help install data train stream-demo results gpu report docs test test-long test-cluster faults check format clean
+.PHONY: help install data train stream-demo results gpu report docs test test-long test-cluster coverage audit faults check format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -59,6 +62,15 @@ test-long: $(STAMP)  ## run the campaigns that take minutes each
 
 test-cluster: $(STAMP)  ## run the tests on a real Slurm and on two network namespaces; need root, take minutes
 	$(RUN) -m pytest -m "(slurm or netns) and not long"
+
+coverage: $(STAMP)  ## run the test suite and say which lines it never reaches; twice as long
+	$(RUN) -m coverage erase
+	$(RUN) -m coverage run -m pytest -n 2 --dist worksteal -m "not slurm and not netns and not long" --timeout=900
+	$(RUN) -m coverage combine --quiet
+	$(RUN) -m coverage report
+
+audit: $(STAMP)  ## look all installed packages up in OSV's list of known vulnerabilities; needs api.osv.dev
+	$(RUN) packaging/audit.py
 
 faults: $(STAMP)  ## kill, stop, cut off and mislead small runs at random steps, and check how they end; needs root, minutes
 	$(RUN) -m benchmarks faults

@@ -10,6 +10,7 @@ from hstu_dist.errors import UserError
 from hstu_dist.preflight import check_plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cluster", "override", "expected"),
     [

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -60,8 +61,13 @@ WITHOUT_TORCH = [
 ]
 
 
-def imports_of(file: Path) -> Iterator[str]:
+@cache
+def imports_of(file: Path) -> tuple[str, ...]:
     """Absolute names of everything that a file imports; `from a import b` counts as a.b."""
+    return tuple(_imports(file))
+
+
+def _imports(file: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -133,6 +139,7 @@ def test_launch_runs_on_a_login_node() -> None:
         assert not heavy, f"{file} imports {heavy}"
 
 
+@pytest.mark.slow
 def test_configuration_and_data_import_without_torch() -> None:
     launch = [str(f.relative_to(ROOT).with_suffix("")).replace("/", ".") for f in python_files("launch")]
     modules = [*WITHOUT_TORCH, *(m.removesuffix(".__init__") for m in launch if not m.endswith("__main__"))]

@@ -123,6 +123,7 @@ def test_a_plan_for_another_number_of_ranks_is_refused(tiny_data: Path, tmp_path
         preflight(config, world_size=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "parts", "most"), [(1, 9, 8), (2, 5, 4), (3, 3, 2), (16, 2, 1)])
 def test_a_share_cannot_be_cut_into_more_parts_than_it_has_sequences(
     ranks: int, parts: int, most: int, tiny_data: Path, tmp_path: Path

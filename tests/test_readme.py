@@ -34,11 +34,13 @@ def test_make_train_runs_the_commands_of_the_main_job() -> None:
     assert (config.nproc, config.data.path, config.model.kind) == (2, "data/ml1m", "hstu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", sorted(FROM_PAGES, key=" ".join), ids=lambda words: " ".join(words)[:100])
 def test_every_command_is_accepted(command: tuple[str, ...]) -> None:
     check(command)
 
 
+@pytest.mark.slow
 def test_help_lists_every_command_with_a_line() -> None:
     helped = subprocess.run(
         [sys.executable, "-m", "hstu_dist", "--help"], cwd=ROOT, capture_output=True, text=True, check=True

@@ -129,6 +129,7 @@ def test_settings_are_compared_with_the_experiment(tmp_path: Path, tiny_data: Pa
     assert "experiment=ml1m" in cells and "loss.kind" not in cells
 
 
+@pytest.mark.slow
 def test_several_runs_stand_beside_each_other(tmp_path: Path, tiny_data: Path) -> None:
     runs = [run_folder(tmp_path, tiny_data, f"name=run{n}", f"seed={n}") for n in (1, 2, 3)]
     assert main(["report", *map(str, runs), "--output", str(tmp_path / "all.html")]) == 0
@@ -163,6 +164,7 @@ def test_a_run_does_not_fail_for_its_report(tmp_path: Path, tiny_data: Path, cap
     assert said == [] and "no report" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
 def test_a_browser_shows_it(tmp_path: Path, tiny_data: Path) -> None:
     path = run_folder(tmp_path, tiny_data)

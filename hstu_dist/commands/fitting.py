@@ -67,45 +67,52 @@ class Run:
         Returns:
             The trainer, which knows how it ended.
         """
-        session, config, world = self.session, self.session.config, self.session.world
+        settings, world = self.session.config.trainer, self.session.world
         with contextlib.ExitStack() as stack:
             # one rank looks for the file; the ranks agree before each step
             stop_requested = stack.enter_context(stop_requests(self.folder.stop_file if world.is_main else None))
             stack.callback(self.checkpoints.close)
-            log = None
-            checkpoint = CheckpointHook(config.trainer.checkpoint, self.checkpoints, session.saved_tensors)
-            if world.is_main:
-                path, resume_step = self.folder.path, self.state.step
-                log = stack.enter_context(MetricsLog(path, config.trainer.logging, to_dict(config), resume_step))
+            log = self._log(stack) if world.is_main else None
             trainer = Trainer(
                 step=self._step(stack),
                 loader=loader,
                 state=self.state,
-                epochs=config.trainer.epochs,
-                stop_epoch=config.trainer.stop_epoch,
+                epochs=settings.epochs,
+                stop_epoch=settings.stop_epoch,
                 world=world,
-                workload=session.workload,
-                peak_flops=job_peak_flops(config.trainer.peak_flops, config.trainer.precision, world),
-                hooks=[
-                    HeartbeatHook(),
-                    GuardHook(config.trainer.guard, self.folder.replay, checkpoint.on_stop),
-                    LogHook(config.trainer.logging, log, session.training_flops),
-                    *_vocabulary_hooks(session, log),
-                    *([] if session.average is None else [AverageHook(session.average)]),
-                    *_replica_hooks(session),
-                    StragglerHook(config.trainer.logging.every_steps, config.trainer.guard.slow_ratio, log),
-                    ProfileHook(config.trainer.profile, self.folder.path),
-                    *evaluation(log),
-                    *(_own_hook(hook, session, log) for hook in config.trainer.hooks),
-                    checkpoint,
-                    *last,
-                ],
+                workload=self.session.workload,
+                peak_flops=job_peak_flops(settings.peak_flops, settings.precision, world),
+                hooks=[*self._hooks(log, evaluation(log)), *last],
                 stop_requested=stop_requested,
             )
             trainer.fit()
-        if world.is_main and config.trainer.profile.first_step is not None:
+        if world.is_main and settings.profile.first_step is not None:
             _draw_profile(self.folder)
         return trainer
+
+    def _hooks(self, log: MetricsLog | None, evaluation: Iterable[Hook]) -> list[Hook]:
+        """In the order of their turns: what refuses a step first, what saves it last."""
+        session, settings = self.session, self.session.config.trainer
+        checkpoint = CheckpointHook(settings.checkpoint, self.checkpoints, session.saved_tensors)
+        return [
+            HeartbeatHook(),
+            GuardHook(settings.guard, self.folder.replay, checkpoint.on_stop),
+            LogHook(settings.logging, log, session.training_flops),
+            *_vocabulary_hooks(session, log),
+            *([] if session.average is None else [AverageHook(session.average)]),
+            *_replica_hooks(session),
+            StragglerHook(settings.logging.every_steps, settings.guard.slow_ratio, log),
+            ProfileHook(settings.profile, self.folder.path),
+            *evaluation,
+            *(_own_hook(hook, session, log) for hook in settings.hooks),
+            checkpoint,
+        ]
+
+    def _log(self, stack: contextlib.ExitStack) -> MetricsLog:
+        """Where metrics go, until `stack` is left."""
+        config = self.session.config
+        log = MetricsLog(self.folder.path, config.trainer.logging, to_dict(config), self.state.step)
+        return stack.enter_context(log)
 
     def _step(self, stack: contextlib.ExitStack) -> Step:
         """What trains on a batch, until `stack` is left."""

@@ -116,6 +116,7 @@ def _is_running(pid: int) -> bool:
     return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_running_benchmark(tmp_path: Path) -> None:
     code = (
         "import sys; from benchmarks import all as a; from benchmarks.__main__ import main\n"

@@ -39,6 +39,7 @@ def test_contenders_have_the_same_size_and_compute() -> None:
     assert replace(hstu, activation="softmax") == softmax  # type: ignore[call-arg]
 
 
+@pytest.mark.slow
 def test_means_and_the_order_of_the_paper(tmp_path: Path) -> None:
     here = study(tmp_path)
     figures = {"transformer": 0.04, "hstu, softmax": 0.06, "hstu": 0.05}

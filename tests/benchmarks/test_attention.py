@@ -150,6 +150,7 @@ def test_a_wrong_contender_gets_no_row_and_fails_the_run(
     assert not any(row.contender == "padded_eager" for row in load("attention_cpu", tmp_path).rows)
 
 
+@pytest.mark.slow
 def test_quick_run_writes_a_whole_result(tmp_path: Path) -> None:
     from benchmarks.__main__ import main
 

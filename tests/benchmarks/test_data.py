@@ -25,6 +25,7 @@ def test_rates_are_of_events_and_the_first_epoch_reads() -> None:
     assert ratios["cut, weighted"].value == pytest.approx(20 / 0.7 / 8)
 
 
+@pytest.mark.slow
 def test_a_quick_run_reports_every_part(tmp_path: Path) -> None:
     assert main(["data", "--quick", "--output", str(tmp_path)]) == 0
     found = results.load("data", tmp_path)

@@ -28,6 +28,7 @@ def refused() -> list[str]:
         return found
 
 
+@pytest.mark.distributed
 def test_all_ways_compute_what_float64_does() -> None:
     assert run_ranks(1, refused) == [[]]
 
@@ -40,6 +41,7 @@ def test_the_large_table_leaves_room() -> None:
         rows_that_fit(10**9)
 
 
+@pytest.mark.distributed
 def test_ranks_report_bytes_and_movement() -> None:
     embedding = {"dtype": "fp16", "optimizer": {"kind": "rowwise_adagrad"}}
     request = Request(measure="table", steps=2, embedding=embedding, rows=1001, width=32, ids=50)

@@ -263,6 +263,7 @@ def test_a_part_does_not_touch_the_committed_results(arguments: list[str], whole
     assert (command_line._options("encoder", arguments, encoder).output == RESULTS) is whole
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("narrow")
 def test_an_interrupted_run_goes_on_and_writes_a_whole_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

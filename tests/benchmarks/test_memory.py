@@ -28,6 +28,7 @@ def dying() -> Step:
     return lambda: os._exit(1)
 
 
+@pytest.mark.slow
 def test_peak_is_what_the_step_added() -> None:
     # larger than the step: a child that inherited its parent's high-water mark would report 0
     held = torch.ones(300 * 250_000)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks.__main__ import main
 from benchmarks.vocabulary_step import KINDS, METRIC, STATIC, Steps
 from hstu_dist.distributed.process_group import process_group
@@ -29,6 +31,7 @@ def counts_of(rows: int) -> list[int]:
         return [*vocabulary.usage.take(), int(vocabulary.occupied().sum())]
 
 
+@pytest.mark.distributed
 def test_the_vocabulary_is_full_and_new_ids_take_rows_of_others() -> None:
     ((lookups, _, admitted, evicted, occupied),) = run_ranks(1, counts_of, 20_000)
     assert lookups == 128_000 and admitted >= evicted > 500 and occupied > 19_900

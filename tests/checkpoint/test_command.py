@@ -45,6 +45,7 @@ def run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return output / "tiny", run_ranks(2, write_run, tiny_data, output)[0]
 
 
+@pytest.mark.distributed
 def test_inspect_shows_step_writer_and_tensors(
     run: tuple[Path, dict[str, Tensor]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -61,6 +62,7 @@ def test_inspect_shows_step_writer_and_tensors(
         assert lines["table_optimizer.step"][1:] == ["I64", "scalar", "1", "8"]
 
 
+@pytest.mark.distributed
 def test_verify_names_damage(
     run: tuple[Path, dict[str, Tensor]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,6 +78,7 @@ def test_verify_names_damage(
     assert "step-00000016: whole" in printed.out
 
 
+@pytest.mark.distributed
 def test_export_gives_table_and_tower(
     run: tuple[Path, dict[str, Tensor]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,6 +128,7 @@ def test_help_says_that_runs_need_no_resharding(capsys: pytest.CaptureFixture[st
     assert "continues from a checkpoint as it is" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.distributed
 def test_looking_needs_no_torch(run: tuple[Path, dict[str, Tensor]]) -> None:
     code = (
         "import sys\nfrom hstu_dist.__main__ import main\n"

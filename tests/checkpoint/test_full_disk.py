@@ -91,6 +91,7 @@ def fill_and_free(folder: Path, asynchronous: bool) -> dict[str, Any]:
         return {"lines": lines, "entries": entries, "values": values, "steps": manager.steps(), "saved": saved_step}
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_full_disk_costs_one_checkpoint(asynchronous: bool, small_disk: Path) -> None:
     ranks = run_ranks(2, fill_and_free, small_disk, asynchronous)
@@ -143,6 +144,7 @@ class Finish(Hook):
         self.finish()
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_training_goes_on_when_one_rank_cannot_write(asynchronous: bool, tiny_data: Path, tmp_path: Path) -> None:
     ranks = run_ranks(2, train_refused, tiny_data, tmp_path, asynchronous, range(9, 12))
@@ -152,6 +154,7 @@ def test_training_goes_on_when_one_rank_cannot_write(asynchronous: bool, tiny_da
     assert line.startswith("checkpoint of step 10 is not written (rank 1: File too large)")
 
 
+@pytest.mark.distributed
 def test_the_last_checkpoint_is_tried_again(tiny_data: Path, tmp_path: Path) -> None:
     # the one after the last step is refused; by the end of the run there is room
     ranks = run_ranks(2, train_then_free, tiny_data, tmp_path)

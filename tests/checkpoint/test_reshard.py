@@ -126,6 +126,7 @@ def test_a_run_goes_on_from_other_files(trained: Any, tiny_data: Path, tmp_path:
     assert sharded and all(resharded[name] == parts for name, parts in sharded.items())
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", SETTINGS)
 def test_any_number_of_files_holds_the_same(
     name: str, trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -143,6 +144,7 @@ def test_any_number_of_files_holds_the_same(
     assert "already as 2 ranks write it" in said[-1]
 
 
+@pytest.mark.distributed
 def test_nothing_is_lost_where_writing_fails(
     trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,6 +172,7 @@ def test_nothing_is_lost_where_writing_fails(
     assert not (folder / "rank-00000.safetensors").exists()
 
 
+@pytest.mark.distributed
 def test_damage_and_a_run_that_trains_are_refused(
     trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

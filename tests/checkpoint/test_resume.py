@@ -121,6 +121,7 @@ def resumes(tiny_data: Path, folder: Path) -> list[dict[str, dict[str, Any]]]:
     return run_ranks(2, check_all_resumes, tiny_data, folder)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("sharding", SHARDINGS)
 def test_resuming_equals_never_stopping(resumes: Any, sharding: str) -> None:
     for rank in resumes:
@@ -133,6 +134,7 @@ def test_resuming_equals_never_stopping(resumes: Any, sharding: str) -> None:
         assert facts["round trip"] and facts["final"]
 
 
+@pytest.mark.distributed
 def test_other_ranks_and_sharding_load_the_same_state(
     resumes: Any, tiny_data: Path, folder: Path, tmp_path: Path
 ) -> None:
@@ -161,6 +163,7 @@ def continue_from(data: Path, folder: Path) -> tuple[list[float], TrainState]:
         return train_on(session, state, folder.parent / f"continued-{world.size}"), state
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_training_goes_on_at_another_number_of_ranks(
     resumes: Any, world_size: int, tiny_data: Path, folder: Path
@@ -181,6 +184,7 @@ def load_changed(data: Path, folder: Path, overrides: list[str]) -> str:
         return "loaded"
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
@@ -201,6 +205,7 @@ def test_every_rank_refuses_what_does_not_fit(
     assert ": got " in problems[0] and ", expected " in problems[0]
 
 
+@pytest.mark.distributed
 def test_damage_of_one_rank_s_file_reaches_every_rank(
     resumes: Any, tiny_data: Path, folder: Path, tmp_path: Path
 ) -> None:
@@ -220,6 +225,7 @@ def save_every(data: Path, folder: Path) -> list[int]:
         return CheckpointManager(folder, 9).steps()
 
 
+@pytest.mark.distributed
 def test_checkpoints_come_every_few_steps_and_after_each_epoch(tiny_data: Path, tmp_path: Path) -> None:
     # not at 8 and 16 twice, though nothing would be wrong with it
     assert run_ranks(1, save_every, tiny_data, tmp_path) == [[3, 6, 8, 9, 12, 15, 16]]

@@ -27,6 +27,7 @@ def run(tmp_path: Path, *overrides: str) -> list[str]:
     return said
 
 
+@pytest.mark.slow
 def test_a_data_set_with_a_plot_of_lengths(tmp_path: Path) -> None:
     said = run(tmp_path, "engine=duckdb", "memory_gib=1")
     plot = tmp_path / "set" / "lengths.png"

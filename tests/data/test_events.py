@@ -104,6 +104,7 @@ def test_actions(tmp_path: Path) -> None:
     assert read(file).actions.tolist() == [0, 0, 0] and read(file).actions.dtype == np.int32
 
 
+@pytest.mark.slow
 def test_a_late_text_id_makes_the_whole_csv_column_text(tmp_path: Path) -> None:
     n = 200_000
     users = [str(i) for i in range(n)] + ["x"]

@@ -122,6 +122,7 @@ print((peak - before) // 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
 def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
     config = SyntheticZipfConfig(path=str(tmp_path / "set"), num_users=8_000, min_events=300, max_events=800)

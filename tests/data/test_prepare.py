@@ -155,6 +155,7 @@ def test_a_second_writer_waits(config: EventsConfig, caplog: pytest.LogCaptureFi
     assert prepared == [load_manifest(target)]
 
 
+@pytest.mark.slow
 def test_writers_at_once_make_one_data_set(config: EventsConfig) -> None:
     script = (
         "import logging, sys; from hstu_dist.data.config import EventsConfig; "
@@ -253,6 +254,7 @@ def contents(path: str) -> dict[str, str]:
     return found | {name: content for name, (_, _, content) in state(path).items()}
 
 
+@pytest.mark.slow
 def test_killed_nothing_half_written_is_left(config: EventsConfig, steps: int) -> None:
     right = contents(config.path)
     assert len([name for name in right if name.startswith("sequences-")]) == 3
@@ -260,6 +262,7 @@ def test_killed_nothing_half_written_is_left(config: EventsConfig, steps: int) -
         check_killed_at(config, step, right, old=None)
 
 
+@pytest.mark.slow
 def test_killed_while_replacing_the_old_or_the_new_is_there(config: EventsConfig, steps: int, tmp_path: Path) -> None:
     right = contents(config.path)
     old = log_config(write_rows(tmp_path / "old.csv", 600), config.path)

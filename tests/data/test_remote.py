@@ -43,6 +43,7 @@ def upload(s3: S3, local: Path, bucket: str) -> None:
     fs.copy_files(str(local), f"{bucket}/log", destination_filesystem=s3.filesystem)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["log", "log/*/*.parquet", "log/**/part.parquet", "log/day=2024-01-0[12]/*"])
 def test_a_bucket_gives_what_the_disk_gives(s3: S3, local: Path, tmp_path: Path, pattern: str) -> None:
     if s3.filesystem.get_file_info("events").type == fs.FileType.NotFound:
@@ -91,6 +92,7 @@ def test_a_bucket_that_vanishes(s3: S3, local: Path, tmp_path: Path) -> None:
         log.open(tmp_path / "scratch")
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_answer(s3: S3, tmp_path: Path) -> None:
     # nobody listens on the discard port
     options = "?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1"

@@ -82,6 +82,7 @@ def plainly(events: list[Event]) -> dict[Any, list[tuple[Any, int, int]]]:
     return {u: [(item, time // 1000, row) for time, row, item in sorted(by_user[u])] for u in sorted(by_user)}
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 6), st.integers(0, 3000)), min_size=1, max_size=40))
 def test_sequences_equal_the_plain_construction(events: list[Event]) -> None:
@@ -91,6 +92,7 @@ def test_sequences_equal_the_plain_construction(events: list[Event]) -> None:
     assert sequences.items.to_pylist() == sorted({item for _, item, _ in events})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [False, True])
 @pytest.mark.parametrize(
     "cleaning", [Cleaning(), Cleaning(duplicates=Duplicates.DROP, min_user_events=4, min_item_events=6)]

@@ -104,6 +104,7 @@ def test_without_network_both_failures_and_the_way_out_are_told(
     assert UNREACHABLE in caught.value.remedy and "data.archive=FILE" in caught.value.remedy
 
 
+@pytest.mark.slow
 def test_other_content_from_the_server_is_refused(
     release: Release, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import coverage
 import torch
 import torch.distributed as dist
 
@@ -104,5 +105,8 @@ def _work(pipe: Connection, place: dict[str, int], function: Callable[..., Any],
         outcome = (True, function(*args))
     except BaseException:
         outcome = (False, traceback.format_exc())
+    if (measured := coverage.Coverage.current()) is not None:
+        # the parent kills this process as soon as it has its word
+        measured.save()
     # not send: it would share a tensor's memory, which goes with this process
     pipe.send_bytes(pickle.dumps(outcome))

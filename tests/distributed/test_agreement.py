@@ -27,11 +27,13 @@ def check(folders: list[Path], other_code_on: int | None) -> str:
     return ""
 
 
+@pytest.mark.distributed
 def test_machines_that_agree_leave_nothing_behind(tmp_path: Path) -> None:
     assert run_ranks(3, check, [tmp_path] * 3, None) == ["", "", ""]
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.distributed
 def test_a_folder_of_its_own(tmp_path: Path) -> None:
     own = tmp_path / "own"
     own.mkdir()
@@ -40,6 +42,7 @@ def test_a_folder_of_its_own(tmp_path: Path) -> None:
     assert list(tmp_path.rglob(".shared*")) == []
 
 
+@pytest.mark.distributed
 def test_another_version(tmp_path: Path) -> None:
     said = run_ranks(2, check, [tmp_path] * 2, 1)
     assert all(words.startswith("rank 1 runs another version of this package or of torch") for words in said)

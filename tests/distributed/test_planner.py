@@ -72,6 +72,7 @@ def build_planned() -> tuple[EmbeddingPlan, str, float]:
         return tables.plan, embedding_table(tables.specs, tables.plan), total
 
 
+@pytest.mark.distributed
 def test_ranks_agree_on_the_plan_and_look_up_by_it() -> None:
     (plan, text, total), (other, _, less) = run_ranks(2, build_planned)
     assert plan == other and plan.tables.keys() == SMALL.keys()
@@ -89,6 +90,7 @@ def build_for_cuda(kernel: str, dtype: str) -> str:
     return "built"
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(("kernel", "dtype"), [("fused_uvm", "fp32"), ("key_value", "fp16"), ("fused", "bf16")])
 def test_what_needs_cuda_is_refused_on_the_cpu(kernel: str, dtype: str) -> None:
     (said,) = run_ranks(1, build_for_cuda, kernel, dtype)

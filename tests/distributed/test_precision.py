@@ -47,6 +47,7 @@ def exact(tiny_data: Path) -> dict[str, Any]:
     return run_ranks(1, train_in, tiny_data, "float32")[0]
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("model", ["hstu", "sasrec"])
 def test_layers_compute_in_bfloat16_and_everything_kept_is_float32(
@@ -73,6 +74,7 @@ def gradients_of(data: Path, precision: str) -> dict[str, Tensor]:
         return {name: p.grad for name, p in session.recommender.tower.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.distributed
 def test_gradients_are_those_of_float32_up_to_bfloat16_s_rounding(tiny_data: Path) -> None:
     (exact,), (rounded,) = (run_ranks(1, gradients_of, tiny_data, p) for p in ("float32", "bfloat16"))
     assert rounded.keys() == exact.keys() and len(exact) > 5

@@ -30,12 +30,14 @@ def die() -> None:
     os._exit(9)
 
 
+@pytest.mark.distributed
 def test_ranks_meet_again_and_again() -> None:
     for size in (2, 1, 3, 2):
         total = size * (size + 1) // 2
         assert run_ranks(size, world_facts) == [(rank, size, size, total, rank == 0) for rank in range(size)]
 
 
+@pytest.mark.distributed
 def test_a_failure_is_shown_and_hangs_nobody() -> None:
     with pytest.raises(RanksFailedError, match=r"(?s)rank 1 of 2: .*ValueError: this rank is broken"):
         run_ranks(2, fail_on, 1)

@@ -101,6 +101,7 @@ def train_both(kind: str) -> list[tuple[Tensor, dict[str, Tensor], list[int]]]:
         return [train_with(kind, kernel) for kernel in ("fbgemm", "ours")]
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("kind", ["sgd", "rowwise_adagrad"])
 def test_both_kernels_do_the_same(kind: str) -> None:
     (theirs, their_state, counts), (ours, state, _) = run_ranks(2, train_both, kind)[0]
@@ -151,6 +152,7 @@ def test_rounding_at_random_is_fair_and_keeps_what_fits() -> None:
     assert beyond.tolist() == [[65504.0, -65504.0]]
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("sharding", ["row_wise", "data_parallel"])
 def test_small_updates_of_fp16_rows_do_not_vanish(sharding: str) -> None:
     drifts = {size: run_ranks(size, drift_of, sharding)[0] for size in (1, 2)}

@@ -249,6 +249,7 @@ def error(value: Tensor, exact: Tensor) -> float:
     return float((value - exact.reshape(value.shape)).abs().max() / exact.abs().max())
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_equals_one_float64_embedding(trained: Any, world_size: int, case: tuple[str, str, str]) -> None:
@@ -272,6 +273,7 @@ def test_equals_one_float64_embedding(trained: Any, world_size: int, case: tuple
         assert torch.equal(after[:, SHAPE.width :], before[:, SHAPE.width :])
 
 
+@pytest.mark.distributed
 def test_initial_weights_do_not_depend_on_the_ranks(trained: Any) -> None:
     for case in CASES:
         first = trained[1][case].before
@@ -328,6 +330,7 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, di
     return folder, {ranks: run_ranks(ranks, save_uneven, folder)[0] for ranks in WRITERS}
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
 def test_weights_state_and_step_move_between_numbers_of_ranks(world_size: int, uneven: Any) -> None:
     folder, saved = uneven
@@ -373,6 +376,7 @@ CHANGED: dict[str, tuple[dict[str, Any], TableShape, str]] = {
 }
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("change", CHANGED)
 def test_a_changed_table_is_refused_in_one_line_and_left_alone(change: str, uneven: Any) -> None:
     folder, _ = uneven

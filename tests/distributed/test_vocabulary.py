@@ -88,6 +88,7 @@ def stay(sharding: str, steps: int) -> dict[int, tuple[int, list[float]]]:
         return contents(tables)
 
 
+@pytest.mark.distributed
 def test_restored_on_1_2_4_3_and_1_ranks_an_id_finds_its_row_as_it_was(tmp_path: Path) -> None:
     written: dict[int, tuple[int, list[float]]] = {}
     for turn, (ranks, sharding) in enumerate(
@@ -131,6 +132,7 @@ def rows_that_change_hands(sharding: str, replicas: int) -> tuple[int, float]:
         return given, trace
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("sharding", "replicas", "ranks"),
     [("row_wise", 1, 2), ("column_wise", 1, 2), ("data_parallel", 1, 2), ("row_wise", 2, 4), ("row_wise", 1, 1)],
@@ -173,6 +175,7 @@ def listed_rows_as_a_vocabulary_fills() -> tuple[list[int], int]:
         return sizes, made
 
 
+@pytest.mark.distributed
 def test_rows_that_stand_for_an_id_are_listed_anew_only_while_there_are_more() -> None:
     for sizes, made in run_ranks(2, listed_rows_as_a_vocabulary_fills):
         assert sizes == sorted(sizes) and sizes[0] == 0 and sizes[-1] == SHAPE.num_rows - 5
@@ -180,6 +183,7 @@ def test_rows_that_stand_for_an_id_are_listed_anew_only_while_there_are_more() -
         assert made == len(set(sizes)) < 10
 
 
+@pytest.mark.distributed
 def test_an_evaluation_admits_nobody_and_counts_for_nothing() -> None:
     (same, usage, known), (also_same, other_usage, other_known) = run_ranks(2, look_twice)
     assert same and also_same

@@ -46,6 +46,7 @@ def test_there_are_enough_of_them() -> None:
     assert len(MESSAGES) >= 25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("message", MESSAGES)
 def test_the_source_says_it(message: str) -> None:
     assert said(message)

@@ -102,6 +102,7 @@ assert not [name for name in sys.modules if name.startswith(("hstu_dist", "torch
 """
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     "compiled",
     [
@@ -148,6 +149,7 @@ def test_a_fresh_interpreter_with_torch_alone_scores(compiled: str, tiny_run: Pa
             assert users.norm(dim=1).item() == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.distributed
 def test_what_cannot_be_exported_leaves_nothing(tiny_run: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "precious").touch()

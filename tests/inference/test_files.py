@@ -54,6 +54,7 @@ def rows(path: Path) -> dict[str, list[Any]]:
     return table
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("index", ["exact", "hnsw"])
 def test_retrieval_gives_the_metrics_of_the_run(
     index: str, tiny_data: Path, tiny_run: Path, everybody: Path, tmp_path: Path
@@ -79,6 +80,7 @@ def test_retrieval_gives_the_metrics_of_the_run(
         assert scores == sorted(scores, reverse=True)
 
 
+@pytest.mark.distributed
 def test_scores_are_those_of_retrieval(tiny_run: Path, everybody: Path, tmp_path: Path) -> None:
     best, output = tmp_path / "best.parquet", tmp_path / "scores.parquet"
     words = (f"input={everybody}", f"output={best}", "k=25", "exclude_seen=false")
@@ -99,6 +101,7 @@ def test_scores_are_those_of_retrieval(tiny_run: Path, everybody: Path, tmp_path
             assert scores == pytest.approx([*expected, expected[0]], abs=1e-5)
 
 
+@pytest.mark.distributed
 def test_the_best_checkpoint_is_used(tiny_data: Path, tiny_run: Path, everybody: Path, tmp_path: Path) -> None:
     """Of two checkpoints, that of the best validation."""
     from hstu_dist.commands.checkpoint import find
@@ -119,6 +122,7 @@ def asked(**changes: Any) -> dict[str, Any]:
     return {**columns, **changes}
 
 
+@pytest.mark.distributed
 def test_unknown_items_and_empty_histories(tiny_run: Path, tmp_path: Path) -> None:
     """Refused by default; with unknown=skip they have no score, and change nobody else's."""
     output = tmp_path / "scores.parquet"
@@ -144,6 +148,7 @@ def test_unknown_items_and_empty_histories(tiny_run: Path, tmp_path: Path) -> No
     assert [len(ids) for ids in found["retrieved"]] == [37, 39, 0, 0]
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("columns", "words", "message"),
     [
@@ -182,6 +187,7 @@ def test_bad_input_leaves_nothing_behind(
     assert [p.name for p in tmp_path.iterdir()] == ["asked.parquet"]
 
 
+@pytest.mark.distributed
 def test_runs_and_files_that_are_not_there(tiny_run: Path, everybody: Path, tmp_path: Path, capsys: Any) -> None:
     output = f"output={tmp_path / 'out.parquet'}"
     for words, message in (

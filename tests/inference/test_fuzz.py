@@ -59,6 +59,7 @@ def bodies(draw: Any) -> bytes:
     return text
 
 
+@pytest.mark.distributed
 @FUZZ
 @given(body=bodies(), policy=st.sampled_from(["error", "skip"]))
 def test_any_body_gives_scores_or_a_typed_error(body: bytes, policy: Any, model: Trained) -> None:
@@ -107,6 +108,7 @@ def test_any_division_and_any_cache_give_what_one_by_one_gives(
             assert ours.shape == theirs.shape and (not ours.numel() or float((ours - theirs).abs().max()) <= 1e-5)
 
 
+@pytest.mark.distributed
 def test_a_million_candidates(model: Trained) -> None:
     """Scored in pieces; each gets what it gets in a small request."""
     requests = Requests(

@@ -84,6 +84,7 @@ def scored(run: Path, folder: Path, columns: Mapping[str, Any], *words: object) 
     return table
 
 
+@pytest.mark.distributed
 def test_score_gives_what_the_heads_predict_of_the_next_event(
     rated_run: Path, rated_data: Path, tmp_path: Path
 ) -> None:
@@ -102,6 +103,7 @@ def test_score_gives_what_the_heads_predict_of_the_next_event(
     assert got["candidates"] == columns["candidates"]
 
 
+@pytest.mark.distributed
 def test_unknown_items_are_refused_or_skipped(rated_run: Path, tmp_path: Path, capsys: Any) -> None:
     columns: dict[str, Any] = {
         "user_id": [1, 2],
@@ -129,6 +131,7 @@ def asked(**changes: Any) -> dict[str, Any]:
     return {name: values for name, values in {**columns, **changes}.items() if values is not None}
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
@@ -155,6 +158,7 @@ def test_bad_files_leave_nothing_behind(
     assert [path.name for path in tmp_path.iterdir()] == ["asked.parquet"]
 
 
+@pytest.mark.distributed
 def test_a_ranking_model_does_not_retrieve(rated_run: Path, tmp_path: Path, capsys: Any) -> None:
     pq.write_table(pa.table(asked()), tmp_path / "asked.parquet")
     words = (f"input={tmp_path / 'asked.parquet'}", f"output={tmp_path / 'out'}")
@@ -162,6 +166,7 @@ def test_a_ranking_model_does_not_retrieve(rated_run: Path, tmp_path: Path, caps
     assert "was trained to rank, so it scores candidates and retrieves none" in capsys.readouterr().err
 
 
+@pytest.mark.distributed
 def test_other_data_than_that_of_the_run_is_refused(
     rated_run: Path, tiny_data: Path, tmp_path: Path, capsys: Any
 ) -> None:
@@ -200,6 +205,7 @@ def played(ranking: Trained, scenario: Callable[[Any], Awaitable[None]], **chang
     asyncio.run(play())
 
 
+@pytest.mark.distributed
 def test_serve_answers_as_the_training_code(ranking: Trained, rated_run: Path, rated_data: Path) -> None:
     longer = with_history(item_ids=[1, 2, 3, 4], timestamps=[10, 20, 30, 35], actions=[4, 5, 1, 2])
     named = with_history(actions={"action": [4, 5, 1]})
@@ -226,6 +232,7 @@ def test_serve_answers_as_the_training_code(ranking: Trained, rated_run: Path, r
     assert ranking.model.cache is not None and ranking.model.cache.statistics.hits >= 3
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("ask", "field"),
     [
@@ -279,6 +286,7 @@ def bodies(draw: Any) -> bytes:
     return json.dumps(good).encode()
 
 
+@pytest.mark.distributed
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=bodies(), policy=st.sampled_from(["error", "skip"]))
 def test_any_body_gives_predictions_or_a_typed_error(text: bytes, policy: Any, ranking: Trained) -> None:

@@ -73,6 +73,7 @@ def expected(trained: Trained, items: list[int], candidates: list[int], at: int 
     return scores
 
 
+@pytest.mark.distributed
 def test_scores_and_retrieval(trained: Trained) -> None:
     async def scenario(client: Client, server: Server) -> None:
         asks = [
@@ -108,6 +109,7 @@ def test_scores_and_retrieval(trained: Trained) -> None:
     assert trained.model.cache is not None and trained.model.cache.statistics.hits >= 3
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("body", "status", "field"),
     [
@@ -150,6 +152,7 @@ def test_bad_requests_have_typed_errors(body: Any, status: int, field: str | Non
     played(trained, scenario)
 
 
+@pytest.mark.distributed
 def test_unknown_items_may_be_skipped(trained: Trained) -> None:
     async def scenario(client: Client, server: Server) -> None:
         content = await (await client.post("/v1/score", json=ask([1, 99], [2, 98, 3]))).json()
@@ -163,6 +166,7 @@ def test_unknown_items_may_be_skipped(trained: Trained) -> None:
     played(trained, scenario, unknown="skip")
 
 
+@pytest.mark.distributed
 def test_other_places_and_methods(trained: Trained) -> None:
     async def scenario(client: Client, server: Server) -> None:
         for method, path, status in (("GET", "/", 404), ("GET", "/v1/score", 405), ("POST", "/health", 405)):
@@ -188,6 +192,7 @@ def slowed(server: Server, seconds: float) -> Iterator[list[int]]:
     yield sizes
 
 
+@pytest.mark.distributed
 def test_overload_is_refused_at_once_and_the_rest_answered_in_batches(trained: Trained) -> None:
     async def scenario(client: Client, server: Server) -> None:
         with slowed(server, 0.2) as sizes:
@@ -202,6 +207,7 @@ def test_overload_is_refused_at_once_and_the_rest_answered_in_batches(trained: T
     played(trained, scenario, max_pending=8, max_batch=4)
 
 
+@pytest.mark.distributed
 def test_a_late_answer_is_504_and_is_not_computed(trained: Trained) -> None:
     async def scenario(client: Client, server: Server) -> None:
         with slowed(server, 0.5) as sizes:
@@ -215,6 +221,7 @@ def test_a_late_answer_is_504_and_is_not_computed(trained: Trained) -> None:
     played(trained, scenario, timeout_seconds=0.2, max_batch=1)
 
 
+@pytest.mark.distributed
 def test_a_fault_is_told_to_those_it_hit(trained: Trained, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario(client: Client, server: Server) -> None:
         compute = server.batcher._compute
@@ -238,6 +245,7 @@ def _post(url: str, body: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
         return answer.status, json.loads(answer.read())
 
 
+@pytest.mark.distributed
 @pytest.mark.slow
 def test_the_command_serves_until_it_is_asked_to_stop(tiny_run: Path, trained: Trained) -> None:
     command = [sys.executable, "-m", "hstu_dist", "serve", str(tiny_run), "port=0", "device=cpu", "threads=1"]
@@ -264,6 +272,7 @@ def test_the_command_serves_until_it_is_asked_to_stop(tiny_run: Path, trained: T
         assert process.stdout.read() == "stopped\n" and process.stderr.read() == ""
 
 
+@pytest.mark.distributed
 def test_stopping_answers_what_is_under_way_and_refuses_the_rest(trained: Trained) -> None:
     async def scenario(client: Client, server: Server) -> None:
         with slowed(server, 0.3):

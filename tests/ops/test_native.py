@@ -69,6 +69,7 @@ def run_isa(p: Problem, dtype: torch.dtype, isa: Isa) -> dict[str, Tensor]:
     return {"out": out, **{f"d_{n}": g for n, g in zip(p.leaves, grads, strict=True)}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("case", EDGES, ids=lambda c: c.name)
 @pytest.mark.parametrize("isa", ISAS, ids=lambda i: i.name)
@@ -195,6 +196,7 @@ print(len(os.listdir("/proc/self/task")) - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 @pytest.mark.parametrize(("threads", "started"), [(1, 0), (3, 2)])
 def test_obeys_the_number_of_threads(threads: int, started: int) -> None:

@@ -49,6 +49,7 @@ BORDERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("case", BORDERS, ids=str)
 @pytest.mark.parametrize("isa", ISAS, ids=lambda i: i.name)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from hstu_dist.errors import UserError
 from hstu_dist.ops.spec import Backend, JaggedLayout
 from tests.ops.cases import CASES, Case, Problem, assert_as_exact_as_eager, assert_close_to_reference, problem
-from tests.ops.triton_checks import NAMES
+from tests.ops.triton_checks import MORE_NAMES, NAMES
 
 pytest.importorskip("triton")
 
@@ -30,11 +31,15 @@ def python(*arguments: str, **variables: str) -> str:
     return done.stdout
 
 
+def interpret(names: Sequence[str]) -> dict[str, str]:
+    """What is wrong with each check, in one process that interprets."""
+    lines = python("-m", "tests.ops.triton_worker", *names, TRITON_INTERPRET="1").splitlines()
+    return {line["check"]: line["problem"] for line in map(json.loads, lines)}
+
+
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str]:
-    """What is wrong with each check, in one process that interprets."""
-    lines = python("-m", "tests.ops.triton_worker", TRITON_INTERPRET="1").splitlines()
-    return {line["check"]: line["problem"] for line in map(json.loads, lines)}
+    return interpret(NAMES)
 
 
 @pytest.mark.slow
@@ -44,6 +49,12 @@ def test_in_the_interpreter(interpreted: dict[str, str], name: str) -> None:
     assert interpreted[name] == ""
 
 
+@pytest.mark.long
+def test_more_in_the_interpreter() -> None:
+    assert interpret(MORE_NAMES) == dict.fromkeys(MORE_NAMES, "")
+
+
+@pytest.mark.slow
 def test_the_door_does_not_load_triton() -> None:
     loaded = python("-c", "import hstu_dist.ops.attention, sys; print('triton' in sys.modules)")
     assert loaded.strip() == "False"

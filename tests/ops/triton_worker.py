@@ -1,8 +1,8 @@
-"""Runs the Triton kernels in Triton's interpreter and prints what is wrong with each check, as JSON lines.
+"""Runs checks of the Triton kernels in Triton's interpreter and prints what is wrong with each, as JSON lines.
 
 A process of its own, because Triton decides between compiling and interpreting once, when it is imported:
 
-    TRITON_INTERPRET=1 python -m tests.ops.triton_worker
+    TRITON_INTERPRET=1 python -m tests.ops.triton_worker NAME [NAME ...]
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -27,7 +27,7 @@ from hstu_dist.ops.triton.tiles import side
 from hstu_dist.ops.triton.times import base_time, far_kernel, time_buckets
 from tests.ops.cases import CASES, Case, assert_close_to_reference, problem
 from tests.ops.interpret_bfloat16 import mended
-from tests.ops.triton_checks import HALF_CASES, NAMES
+from tests.ops.triton_checks import HALF_CASES, MORE_HALF_CASES, MORE_NAMES, NAMES
 
 OWN_KEY_ONLY = AttentionSpec(normalizer=3.0, window=1)
 YEARS_100 = 100 * 365 * 86_400
@@ -137,11 +137,12 @@ def bfloat16_errors_are_seen() -> None:
 
 def checks() -> dict[str, Callable[[], None]]:
     by_name = {case.name: case for case in CASES}
-    parities = [
-        *(partial(parity, case, torch.float32) for case in CASES),
-        *(partial(parity, by_name[name], torch.float16) for name in HALF_CASES),
-        *(partial(bfloat16_parity, by_name[name]) for name in HALF_CASES),
-    ]
+
+    def halves(names: tuple[str, ...]) -> list[Callable[[], None]]:
+        cases = [by_name[name] for name in names]
+        float16 = [partial(parity, case, torch.float16) for case in cases]
+        return [*float16, *(partial(bfloat16_parity, case) for case in cases)]
+
     timed = Case(name="far", lengths=(20, 0, 33))
     others = [
         partial(parity, timed, torch.float32, stretch=YEARS_100),
@@ -152,19 +153,22 @@ def checks() -> dict[str, Callable[[], None]]:
         bfloat16_arithmetic,
         bfloat16_errors_are_seen,
     ]
-    return dict(zip(NAMES, [*parities, *others], strict=True))
+    parities = [partial(parity, case, torch.float32) for case in CASES]
+    made = [*parities, *halves(HALF_CASES), *others, *halves(MORE_HALF_CASES)]
+    return dict(zip((*NAMES, *MORE_NAMES), made, strict=True))
 
 
-def main() -> None:
+def main(names: Sequence[str]) -> None:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     # exp2 of a very negative score is infinite, and its reciprocal is the right zero
     warnings.filterwarnings("ignore", message="overflow encountered in exp2")
-    for name, check in checks().items():
+    known = checks()
+    for name in names:
         torch.manual_seed(0)
         problem_found = ""
         try:
-            check()
+            known[name]()
         except Exception as error:
             problem_found = f"{type(error).__name__}: {error}"
         sys.stdout.write(json.dumps({"check": name, "problem": problem_found}) + "\n")
@@ -172,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -74,6 +74,7 @@ BAD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("overrides", "problem"), BAD, ids=[" ".join(o) for o, _ in BAD])
 def test_bad_input_is_one_line(
     overrides: list[str], problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -84,6 +85,7 @@ def test_bad_input_is_one_line(
     assert problem in shown.err and shown.err.startswith("error: ") and shown.err.count("\n") <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cluster", hardware_names())
 @pytest.mark.parametrize("chip", [None, *sorted(f.stem for f in (conf_dir() / HARDWARE / "chip").glob("*.yaml"))])
 def test_every_cluster_composes_with_every_chip(cluster: str, chip: str | None) -> None:

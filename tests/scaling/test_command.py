@@ -33,6 +33,7 @@ def fitted(folder: Path, metric: str = "loss") -> dict[str, object]:
     return found
 
 
+@pytest.mark.slow
 def test_laws_are_found_and_the_largest_run_is_predicted(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = fitted(copied)
     for family in document["families"]:  # type: ignore[attr-defined]
@@ -47,11 +48,13 @@ def test_laws_are_found_and_the_largest_run_is_predicted(copied: Path, capsys: p
     assert "| scaling_hstu | E = 4.2" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_hit_rates_have_a_law_of_their_own(copied: Path) -> None:
     document = fitted(copied, "hr@10")
     assert [family["law"] for family in document["families"]] == ["logarithm"] * 2  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_a_target_becomes_compute_a_model_and_gpu_days(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fitted(copied)
     capsys.readouterr()
@@ -65,6 +68,7 @@ def test_a_target_becomes_compute_a_model_and_gpu_days(copied: Path, capsys: pyt
     assert "no family reaches it" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_too_few_finished_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for size in SIZES[:3]:
         write_run(tmp_path, "scaling_hstu", size)
@@ -75,6 +79,7 @@ def test_too_few_finished_cells(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "got no runs" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_data_sets_do_not_mix(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_run(copied, "scaling_hstu", "s07", words=["data.num_items=3000"])
     (copied / "cells.json").unlink()
@@ -83,6 +88,7 @@ def test_data_sets_do_not_mix(copied: Path, capsys: pytest.CaptureFixture[str]) 
     assert "were trained on different data sets" in error and config.name in error
 
 
+@pytest.mark.slow
 def test_what_is_left_out_is_said(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(copied, "scaling_hstu", "s03", test={"loss": float("nan"), "hr@10": 0.1})
     write_run(copied, "scaling_hstu", "s02", words=["name=another"])
@@ -100,6 +106,7 @@ def test_what_is_left_out_is_said(copied: Path, capsys: pytest.CaptureFixture[st
     assert excluded.splitlines()[0] in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_mistakes_of_the_command(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, expected in (
         (["fit", str(sweep), "seed=1"], "scale fit: got seed=1"),
@@ -112,6 +119,7 @@ def test_mistakes_of_the_command(sweep: Path, capsys: pytest.CaptureFixture[str]
         assert expected in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_iso_flop_sweep_gives_optima_and_a_picture_where_it_has_no_law(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,6 +24,7 @@ RUN_HERE = [f"s{rung:02}" for rung in range(1, 9)]
 FAMILIES = ("scaling_hstu", "scaling_sasrec")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", RUN_HERE)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_torch_counts_the_same(family: str, size: str) -> None:

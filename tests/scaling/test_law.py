@@ -22,6 +22,7 @@ def power(fit: Fit) -> PowerLaw:
     return fit.law
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("floor", [0.01, 1.0, 4.2])
 @pytest.mark.parametrize("exponent", [0.08, 0.2, 0.5])
 def test_a_power_law_is_found_exactly(floor: float, exponent: float) -> None:
@@ -35,6 +36,7 @@ def test_a_power_law_is_found_exactly(floor: float, exponent: float) -> None:
         )
 
 
+@pytest.mark.slow
 def test_the_largest_run_is_predicted_and_lies_in_the_interval() -> None:
     inside = 0
     for seed in range(6):

@@ -32,6 +32,7 @@ def evaluate_tiny(data: Path, output: Path, split: Split, *settings: str) -> lis
     return said
 
 
+@pytest.mark.distributed
 def test_a_run_ends_with_a_result_that_evaluation_confirms(tiny_data: Path, tmp_path: Path) -> None:
     settings = ["trainer.logging.tensorboard=true", "trainer.epochs=3", "trainer.logging.every_steps=4"]
     # a decay that grows until it undoes what was learnt: the first epoch is the best by far, at any seed
@@ -74,6 +75,7 @@ def test_a_run_ends_with_a_result_that_evaluation_confirms(tiny_data: Path, tmp_
     assert ["ndcg@10", f"{best:.4f}"] in [line.split() for line in said] and not silent
 
 
+@pytest.mark.distributed
 def test_a_run_goes_on_with_more_epochs(tiny_data: Path, tmp_path: Path) -> None:
     (first,) = run_ranks(1, train_tiny, tiny_data, tmp_path, "trainer.epochs=1")
     plan = tmp_path / "tiny" / "embedding_plan.json"
@@ -87,6 +89,7 @@ def test_a_run_goes_on_with_more_epochs(tiny_data: Path, tmp_path: Path) -> None
     assert json.loads((tmp_path / "tiny" / "result.json").read_text())["steps"] == 16
 
 
+@pytest.mark.distributed
 def test_a_refit_repeats_the_chosen_epochs_on_all_but_the_test_events(tiny_data: Path, tmp_path: Path) -> None:
     """Stopped by its user and continued, it ends as if left alone; it never sees the validation events as a target."""
     refit = ["trainer.train_on=train_validation", "trainer.epochs=3", "trainer.stop_epoch=2"]
@@ -118,6 +121,7 @@ def test_a_refit_repeats_the_chosen_epochs_on_all_but_the_test_events(tiny_data:
         run_ranks(1, evaluate_tiny, tiny_data, tmp_path / "whole", Split.VALIDATION, *refit)
 
 
+@pytest.mark.distributed
 def test_tracking_the_test_split_changes_nothing_else(tiny_data: Path, tmp_path: Path) -> None:
     run_ranks(1, train_tiny, tiny_data, tmp_path / "plain")
     (said,) = run_ranks(1, train_tiny, tiny_data, tmp_path / "tracked", "trainer.evaluation.track_test=true")
@@ -129,11 +133,13 @@ def test_tracking_the_test_split_changes_nothing_else(tiny_data: Path, tmp_path:
     assert f"{reference['test']['ndcg@10']:.4f}" in said[-1]
 
 
+@pytest.mark.distributed
 def test_evaluation_needs_a_run(tiny_data: Path, tmp_path: Path) -> None:
     with pytest.raises(RanksFailedError, match=r"UserError: run .*tiny: got no checkpoint -> train it first"):
         run_ranks(1, evaluate_tiny, tiny_data, tmp_path, Split.TEST)
 
 
+@pytest.mark.distributed
 def test_a_profiled_run_draws_its_steps(tiny_data: Path, tmp_path: Path) -> None:
     profiled = ["trainer.profile.first_step=1", "trainer.profile.num_steps=2", "trainer.profile.memory=true"]
     run_ranks(1, train_tiny, tiny_data, tmp_path, "trainer.epochs=1", *profiled)

@@ -80,6 +80,7 @@ def own_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(socket.socket, "connect", local_only)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_wandb")
 def test_wandb_offline_writes_a_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # the run's own settings win over the environment

@@ -45,6 +45,7 @@ def test_the_file_has_more_than_the_terminal(
     assert text.count("Traceback") == 2 and "ZeroDivisionError" in text and "for nobody" not in text
 
 
+@pytest.mark.slow
 def test_a_crash_leaves_its_stack(tmp_path: Path) -> None:
     code = f"""
 import os, signal, sys

@@ -30,6 +30,7 @@ def test_the_configuration_survives_its_file(rated_data: Path, tmp_path: Path) -
     assert load(tmp_path / "config.yaml") == config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

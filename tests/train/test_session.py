@@ -45,6 +45,7 @@ def test_only_training_is_batched_by_work() -> None:
     assert len(session.loader(Split.TEST)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["hstu", "sasrec"])
 @pytest.mark.parametrize("length", [1, 2, 77, 4096])
 def test_cost_of_a_sequence_is_its_flops(model: str, length: int) -> None:

@@ -54,6 +54,7 @@ def test_repeating_a_step_from_the_same_state_repeats_its_loss(tiny_data: Path) 
     assert losses[0] == losses[1] and len(losses[0]) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["sampled_softmax", "full_softmax"])
 def test_context_counts_neither_in_the_loss_nor_in_the_mean(loss: str, tiny_data: Path) -> None:
     def run(trained: torch.Tensor | None) -> tuple[float, torch.Tensor, Workload]:
@@ -88,6 +89,7 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(value, right[name]) for name, value in left.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip_norm", ["null", "1.0"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_changes_nothing(value: float, clip_norm: str, tiny_data: Path) -> None:

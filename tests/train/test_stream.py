@@ -120,6 +120,7 @@ def whole(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.distributed
 def test_every_event_is_evaluated_and_trained_on_once(whole: Path) -> None:
     result, manifest = outcome(whole)
     parts = events_of(HOURS, users=30, a_user=4)
@@ -138,11 +139,13 @@ def test_every_event_is_evaluated_and_trained_on_once(whole: Path) -> None:
     assert 1 <= len(list((whole / "stream" / "stream").glob("window-*"))) <= 3
 
 
+@pytest.mark.distributed
 def test_a_finished_stream_says_so(whole: Path, files: Path) -> None:
     said = "\n".join(run_ranks(1, run_stream, files, whole)[0])
     assert "already finished at epoch 5" in said and "each predicted before it was trained on" in said
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     "fates", [[dies_in_step(3), dies_in_step(9), dies_in_commit(5), dies_in_step(25)], [dies_in_commit(25)]]
 )
@@ -180,6 +183,7 @@ def asked_to_stop(files: Path, output: Path) -> list[str]:
     return said
 
 
+@pytest.mark.distributed
 def test_a_stop_file_ends_an_endless_stream_and_it_goes_on_later(whole: Path, files: Path, tmp_path: Path) -> None:
     endless = write_stream(tmp_path / "files", events_of(HOURS, users=30, a_user=4), end=False)
     said = run_ranks(2, asked_to_stop, endless, tmp_path)
@@ -216,6 +220,7 @@ def vanishes(files: Path, output: Path) -> str:
     return gives_up(files, output)
 
 
+@pytest.mark.distributed
 def test_every_rank_hears_that_the_source_is_gone(tmp_path: Path) -> None:
     files = write_stream(tmp_path / "files", events_of(3), end=False)
     problems = run_ranks(2, vanishes, files, tmp_path)
@@ -249,6 +254,7 @@ def test_oldest_epoch_without_checkpoints(tmp_path: Path) -> None:
     assert oldest_epoch(CheckpointManager(tmp_path / "none", 2)) == 0
 
 
+@pytest.mark.distributed
 def test_a_window_of_new_users_only_is_passed_without_a_step(tmp_path: Path) -> None:
     parts = events_of(3)
     first = parts[0].at(np.unique(parts[0].users, return_index=True)[1])

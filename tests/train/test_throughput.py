@@ -81,6 +81,7 @@ def peak_of_ranks(measured: dict[int, float | None]) -> float | None:
         return job_peak_flops(None, "float32", world)
 
 
+@pytest.mark.distributed
 def test_ranks_agree_on_the_sum_of_their_peaks() -> None:
     assert run_ranks(2, peak_of_ranks, {0: 3e9, 1: 4e9}) == [7e9, 7e9]
     assert run_ranks(2, peak_of_ranks, {0: 3e9, 1: None}) == [None, None]

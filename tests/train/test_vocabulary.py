@@ -63,6 +63,7 @@ def whole(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.distributed
 def test_killed_it_goes_on_as_if_nothing_had_happened(whole: Path, files: Path, tmp_path: Path) -> None:
     fates: list[Callable[[], None]] = [dies_in_step(6), dies_in_step(17)]
     for fate in fates:
@@ -75,6 +76,7 @@ def test_killed_it_goes_on_as_if_nothing_had_happened(whole: Path, files: Path, 
     assert {f.xxh3 for f in manifest.files.values()} == {f.xxh3 for f in whole_manifest.files.values()}
 
 
+@pytest.mark.distributed
 def test_rates_are_logged(whole: Path) -> None:
     lines = [line for line in read_metrics(whole / "stream") if "vocabulary/item/collisions" in line]
     assert lines and all(0 <= line["vocabulary/item/collisions"] <= 1 for line in lines)
@@ -86,6 +88,7 @@ def test_rates_are_logged(whole: Path) -> None:
     assert 0 < outcome(whole)[0]["test"]["hr@10"] < 1
 
 
+@pytest.mark.distributed
 def test_its_checkpoint_is_inspected_resharded_verified_and_exported(whole: Path, tmp_path: Path) -> None:
     run, said = whole / "stream", []
     offline.inspect(run, said.append)
@@ -135,6 +138,7 @@ def stops_in_third_window(files: Path, output: Path) -> None:
     run_stream(files, output, None, *ZCH)
 
 
+@pytest.mark.distributed
 def test_text_ids_are_trained_saved_and_restored_at_another_number_of_ranks(tmp_path: Path) -> None:
     texts = write_text_stream(tmp_path / "texts", hashed=False)
     hashes = write_text_stream(tmp_path / "hashes", hashed=True)
@@ -161,6 +165,7 @@ def test_text_ids_are_trained_saved_and_restored_at_another_number_of_ranks(tmp_
     assert not (tmp_path / "a" / "stream" / "quarantine.jsonl").exists()
 
 
+@pytest.mark.distributed
 def test_commands_that_need_a_static_vocabulary_say_so(whole: Path) -> None:
     with pytest.raises(UserError, match=r"vocabulary\.kind=zch, which this command cannot follow"):
         run_of(whole / "stream", [])
@@ -181,6 +186,7 @@ def prepared(data: Path, output: Path, kind: str) -> RunConfig:
     return compose([*tiny_overrides(data, output), f"embedding.vocabulary={vocabulary}", "trainer.epochs=1"])
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("kind", ["zch", "hash"])
 def test_prepared_data_trains_with_fewer_rows_than_items(kind: str, tmp_path: Path) -> None:
     data = write_tiny_dataset(tmp_path)
