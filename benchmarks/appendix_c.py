@@ -93,6 +93,7 @@ def run(options: argparse.Namespace) -> int:
     shared = _study(options)
     cells = [Cell(contender, seed) for seed in options.seeds for contender in CONTENDERS]
     data = compose(shared.overrides(cells[0])).prepared
+    assert isinstance(data, AppendixCConfig)
     _time_stream(data, shared)
     prepare(data)
     return study.run_cells(cells, lambda cell: _run_cell(shared, cell), lambda: write_summary(cells, shared))
@@ -105,13 +106,13 @@ def _study(options: argparse.Namespace) -> Study:
     return Study.of(NAME, options, [f"data.num_records={records}", f"data.path={place}", *tiny])
 
 
-def _time_stream(data: DataSetConfig, shared: Study) -> None:
+def _time_stream(data: AppendixCConfig, shared: Study) -> None:
     """Writes the cell that says how fast the stream is made, unless it exists: made once more, and removed.
 
     All but the smallest studies make the paper's whole stream, beside which what a preparation takes once is little.
     """
-    if data.num_records >= _RECORDS:  # type: ignore[union-attr]
-        data = replace(data, num_records=_WHOLE)  # type: ignore[call-arg]
+    if data.num_records >= _RECORDS:
+        data = replace(data, num_records=_WHOLE)
     case = _case(data)
     if (shared.output / f"{STREAM}.json").exists() and load(STREAM, shared.output).rows[0].case == case:
         return
@@ -121,7 +122,7 @@ def _time_stream(data: DataSetConfig, shared: Study) -> None:
         prepare(replace(data, path=str(Path(folder) / "stream")))
         seconds = time.perf_counter() - started
     here = environment.describe(torch.device("cpu"))
-    rate = row(case, "prepare", "records", data.num_records / seconds, "1/s")  # type: ignore[union-attr]
+    rate = row(case, "prepare", "records", data.num_records / seconds, "1/s")
     write(Results(name=STREAM, command=shared.command, rows=(rate,), **vars(here)), shared.output)
 
 
