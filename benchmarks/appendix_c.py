@@ -116,8 +116,8 @@ def _time_stream(data: AppendixCConfig, shared: Study) -> None:
     case = _case(data)
     if (shared.output / f"{STREAM}.json").exists() and load(STREAM, shared.output).rows[0].case == case:
         return
-    shared.output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=shared.output) as folder:
+    shared.runs.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=shared.runs) as folder:
         started = time.perf_counter()
         prepare(replace(data, path=str(Path(folder) / "stream")))
         seconds = time.perf_counter() - started

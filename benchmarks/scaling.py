@@ -37,7 +37,7 @@ SWEEPS: Mapping[str, tuple[str, ...]] = {SCALING: ("loss", "hr@10"), "isoflop": 
 OURS, BASELINE = "scaling_hstu", "scaling_sasrec"
 PARTIAL = ("sweeps",)
 _ERROR, _R_SQUARED = 0.03, 0.98
-"""Of the held-out loss, at most; of HSTU's loss, at least."""
+"""Of the held-out loss, at most; of the loss of each model, at least."""
 _CORES, _HOURS = 2, 4
 """That the ladder may take, with one thread a run."""
 _TINY = (
@@ -62,6 +62,8 @@ class Sweeps:
         settings: overrides of every cell.
         cells: overrides that replace a sweep's own cells.
         jobs: runs at the same time.
+        threads: of a run.
+        device: of a run.
         command: what to type to repeat it.
     """
 
@@ -70,6 +72,8 @@ class Sweeps:
     settings: tuple[str, ...]
     cells: tuple[str, ...]
     jobs: int
+    threads: int
+    device: torch.device
     command: str
 
     def folder(self, sweep: str) -> Path:
@@ -104,7 +108,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _sweeps(options: argparse.Namespace) -> Sweeps:
     runs = options.runs or (options.output / f"{NAME}_runs" if options.quick else Path("runs"))
-    settings = [f"trainer.threads={options.threads or 1}"]
+    threads = options.threads or 1
+    settings = [f"trainer.threads={threads}"]
     if options.device.type == "cpu" and torch.cuda.is_available():
         # a run takes a GPU where there is one
         settings.append("trainer.device=cpu")
@@ -116,6 +121,8 @@ def _sweeps(options: argparse.Namespace) -> Sweeps:
         settings=tuple(settings),
         cells=_TINY_CELLS if options.quick else (),
         jobs=options.jobs,
+        threads=threads,
+        device=options.device,
         command=options.command,
     )
 
@@ -136,14 +143,14 @@ def write_summary(studies: dict[str, Study], sweeps: Sweeps) -> Results:
     rows = [one for name, study in studies.items() for one in _rows(name, study)]
     ratios = [ratio for name, study in studies.items() for ratio in _ratios(name, study)]
     newest = max((point for study in studies.values() for point in study.points), key=lambda point: point.date)
-    here = environment.describe(torch.device("cpu"))
+    here = environment.describe(sweeps.device)
     found = Results(
         name=NAME,
         command=sweeps.command,
         date=newest.date,
         commit=newest.commit.replace("-dirty", "+changes"),
         device=here.device,
-        threads=1,
+        threads=sweeps.threads,
         versions=here.versions,
         rows=tuple(rows),
         ratios=tuple(ratios),
@@ -160,7 +167,7 @@ def _rows(sweep: str, study: Study) -> Iterator[Row]:
         if family.held_out is not None:
             for name in ("compute", "measured", "predicted", "error"):
                 yield row(f"{sweep}, held out", family.name, name, float(getattr(family.held_out, name)))
-        for optimum in family.optima:
+        for optimum in (optimum for optimum in family.optima if optimum.inside):
             case = f"{sweep}, {optimum.compute:.2g} FLOPs"
             for name in ("parameters", "tokens", "loss"):
                 yield row(case, family.name, name, float(getattr(optimum, name)))

@@ -120,6 +120,7 @@ def test_a_run_whose_data_set_has_gone_has_a_page(tmp_path: Path, tiny_data: Pat
     assert "users" not in Page(page([RunData.read(path)])).cells
 
 
+@pytest.mark.slow
 def test_settings_are_compared_with_the_experiment(tmp_path: Path, tiny_data: Path) -> None:
     path = run_folder(tmp_path, tiny_data, "experiment=ml1m", "data=events", "seed=7")
     assert RunData.read(path).config.experiment == "ml1m"

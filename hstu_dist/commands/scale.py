@@ -69,16 +69,18 @@ def plan(sweep: Path, metric: str, target: float, overrides: Sequence[str], say:
         say: prints lines for the user.
 
     Raises:
-        UserError: the sweep is not fitted, no cluster is named, or no family reaches the target.
+        UserError: the sweep is not fitted or has no law, no cluster is named, or no family reaches the target.
     """
     file = _stem(sweep / FIT_FOLDER, metric).with_suffix(".json")
     if not file.exists():
         raise UserError(f"{file}: not found", f"fit it first: python -m hstu_dist scale fit {sweep} --metric {metric}")
     fitted: dict[str, Any] = json.loads(file.read_text())
+    if not any(family["law"] for family in fitted["families"]):
+        raise UserError(f"{file}: holds no law, only optima at equal compute", "plan from a sweep of more budgets")
     reached = False
     for family in fitted["families"]:
         if family["law"] is None:
-            say(f"{family['family']}: has no law; fit a sweep of more sizes")
+            say(f"{family['family']}: has no law, too few budgets")
             continue
         needed = law_of(family, family["parameters"]).compute_for(target)
         if math.isinf(needed):

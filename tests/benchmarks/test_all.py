@@ -94,6 +94,7 @@ def test_nothing_to_run_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None
     assert "got nothing to run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_processes_of_a_group_end_with_it(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"

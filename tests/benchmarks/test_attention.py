@@ -92,6 +92,7 @@ def quick_settings(monkeypatch: pytest.MonkeyPatch) -> attention.Settings:
     return attention.settings_for(CPU, quick=True)
 
 
+@pytest.mark.slow
 def test_a_case_gives_rows_and_ratios(quick_settings: attention.Settings) -> None:
     case = small_case(
         baselines=("sdpa_padded", "sdpa_per_sequence", "padded_eager"),
@@ -132,6 +133,7 @@ def test_memory_that_grows_with_the_square_misses_its_target(
         assert len(findings.rows) == len(quick_settings.growth)
 
 
+@pytest.mark.slow
 def test_a_wrong_contender_gets_no_row_and_fails_the_run(
     quick_settings: attention.Settings,
     monkeypatch: pytest.MonkeyPatch,

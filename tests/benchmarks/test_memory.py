@@ -38,6 +38,7 @@ def test_peak_is_what_the_step_added() -> None:
     assert held.numel()
 
 
+@pytest.mark.slow
 def test_a_killed_process_gives_no_figure() -> None:
     assert peak_extra_mb(dying, partial(filling, 1), CPU) is None
 

@@ -64,6 +64,7 @@ def test_a_cell_holds_every_protocol_and_the_learning_curve(tmp_path: Path) -> N
     assert found.commit == "0" * 40 and found.threads >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "current"),
     [
@@ -98,6 +99,7 @@ def test_settings_that_came_later_have_their_defaults_in_older_cells(tmp_path: P
         assert is_current(cell, tmp_path, config_of(cell)) == current
 
 
+@pytest.mark.slow
 def test_the_summary_is_the_mean_of_the_cells_that_exist(tmp_path: Path) -> None:
     for seed, hr in ((1, 0.30), (2, 0.31), (3, 0.35)):
         cell = Cell("hstu", seed)
@@ -124,6 +126,7 @@ def test_the_summary_is_the_mean_of_the_cells_that_exist(tmp_path: Path) -> None
         write_summary(["sasrec"], tmp_path, "make results", config_of)
 
 
+@pytest.mark.slow
 def test_every_experiment_has_published_figures_and_a_target() -> None:
     for experiment in ml1m.EXPERIMENTS:
         config = config_of(Cell(experiment, 1))

@@ -33,6 +33,7 @@ def run_of(cell: Cell, ne: float, auc: float) -> Run:
     return Run(config_of(cell), result, {"commit": "abc"}, [])
 
 
+@pytest.mark.slow
 def test_every_contender_composes_and_has_a_name_of_its_own() -> None:
     cells = [Cell(contender, 1) for contender in (*ranking.MAIN, *ranking.ABLATIONS)]
     assert len({cell.stem for cell in cells}) == len(cells)
@@ -41,6 +42,7 @@ def test_every_contender_composes_and_has_a_name_of_its_own() -> None:
     assert all(config.task.kind == "ranking" for config in settings)
 
 
+@pytest.mark.slow
 def test_means_ratios_and_what_is_current(tmp_path: Path) -> None:
     figures = {
         Cell("hstu", 1): (0.80, 0.78),

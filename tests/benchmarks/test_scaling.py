@@ -20,6 +20,7 @@ def remember_environments(sweep: Path) -> None:
         (run.parent / "environment.json").write_text(json.dumps(environment))
 
 
+@pytest.mark.slow
 def test_laws_predictions_and_the_gap_to_the_baseline(tmp_path: Path) -> None:
     write_sweep(tmp_path / "scaling")
     remember_environments(tmp_path / "scaling")

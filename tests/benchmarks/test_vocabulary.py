@@ -93,6 +93,7 @@ def test_hashing_gets_the_bytes_that_zch_needs_beside_its_rows() -> None:
     assert bytes_per_row("zch") == 4 * 33 + 8 * 8
 
 
+@pytest.mark.slow
 def test_a_quick_run_measures_both_sizes(tmp_path: Path) -> None:
     assert main(["vocabulary", "--quick", "--output", str(tmp_path)]) == 0
     found = load("vocabulary", tmp_path)

@@ -14,6 +14,7 @@ from hstu_dist.report.results import load
 from tests.distributed.ranks import run_ranks
 
 
+@pytest.mark.slow
 def test_a_quick_run_compares_every_kind(tmp_path: Path) -> None:
     assert main(["vocabulary_step", "--quick", "--output", str(tmp_path)]) == 0
     found = load("vocabulary_step", tmp_path)

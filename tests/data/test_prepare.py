@@ -141,6 +141,7 @@ def test_a_path_that_cannot_be_written(config: EventsConfig, tmp_path: Path) -> 
         assert "data.path=FOLDER" in caught.value.remedy
 
 
+@pytest.mark.slow
 def test_a_second_writer_waits(config: EventsConfig, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     target = Path(config.path)

@@ -156,6 +156,7 @@ def test_duplicates_dropped_or_kept() -> None:
     assert [row for _, _, row in kept[1]] == [0, 1, 3, 5, 4]
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     events=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8), st.integers(0, 99)), min_size=1, max_size=60),

@@ -104,6 +104,7 @@ def test_devices(said: str, driver: bool, status: Status, found: str, monkeypatc
     assert finding.status is status and found in finding.found
 
 
+@pytest.mark.slow
 def test_folders_of_this_machine(tiny_data: Path, tmp_path: Path) -> None:
     good = {f.name: f for f in in_turn(machine_checks(tiny_config(tiny_data, tmp_path / "runs")))}
     assert {f.status for name, f in good.items() if name != "disk"} == {Status.OK}

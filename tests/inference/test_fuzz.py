@@ -84,6 +84,7 @@ def test_any_body_gives_scores_or_a_typed_error(body: bytes, policy: Any, model:
         assert np.allclose(model.model.score(alone, 1024)["scores"], scores, rtol=0, atol=1e-5, equal_nan=True)
 
 
+@pytest.mark.slow
 @FUZZ
 @given(
     lengths=st.lists(st.integers(0, 12), max_size=4),

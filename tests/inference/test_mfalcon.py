@@ -48,6 +48,7 @@ def assert_same_as_alone(
         assert len(cache) == sum(length > 0 for length in lengths)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_equals_scoring_each_candidate_alone(name: str, backend: Backend) -> None:

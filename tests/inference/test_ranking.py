@@ -102,6 +102,7 @@ def assert_alone(model: RankingModel, reference: RankingTower, requests: Request
         assert np.allclose(values, expected[:, place], rtol=0, atol=TOLERANCE, equal_nan=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_equals_the_training_code_on_each_candidate_alone(name: str, backend: str) -> None:

@@ -111,9 +111,9 @@ def test_passes_on_what_a_rank_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_what_all_ranks_refuse_is_said_once(tmp_path: Path) -> None:
-    # every command ends alike, and this one starts in no time
-    ranks = ["--nproc-per-node=2", "-m", "hstu_dist", "report", str(tmp_path / "nowhere")]
-    with Started(["-m", "hstu_dist.distributed.agent", *ranks], tmp_path / "printed") as process:
+    run = TinyRun(tmp_path / "nowhere", tmp_path)
+    agent = ["-m", "hstu_dist.distributed.agent", "--nproc-per-node=2", "-m", "hstu_dist", "train"]
+    with Started([*agent, *run.overrides], tmp_path / "printed", {"OMP_NUM_THREADS": "1"}) as process:
         ended = process.wait()
     assert ended.code == ExitCode.BAD_INPUT
     assert ended.err.count("error: ") == 1 and ended.err.count("mend: ") == 1, ended.err

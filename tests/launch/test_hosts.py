@@ -49,6 +49,7 @@ def test_lines_to_start_by_hand(overrides: list[str], capsys: pytest.CaptureFixt
     assert load(RunFolder(compose(overrides).run_dir).launch_file) == compose(overrides)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "code"),
     [
@@ -76,6 +77,7 @@ for _ in $(seq 100); do [ -e {shlex.quote(str(stop))} ] && exit 0; sleep 0.1; do
     assert not stop.exists()
 
 
+@pytest.mark.slow
 def test_a_lost_machine_is_brought_back_while_the_others_go_on(
     overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -38,6 +38,7 @@ def parts(config: RunConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str, 
     return settings, service, job
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("overrides", CASES, ids=["alone", "gpus", "resources"])
 def test_the_schemas_of_the_newest_versions(overrides: list[str], version: str) -> None:

@@ -31,6 +31,7 @@ def test_passes_the_exit_code_on(code: int) -> None:
     assert _run(f"import os, sys; sys.exit({code} if os.environ['OMP_NUM_THREADS'] == '3' else 99)") == code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_forwards_a_stop_once(number: signal.Signals) -> None:
     before = signal.getsignal(number)

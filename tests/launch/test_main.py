@@ -43,6 +43,7 @@ def overrides(tiny_data: Path, tmp_path: Path) -> list[str]:
     return tiny_overrides(tiny_data, tmp_path / "runs")
 
 
+@pytest.mark.slow
 def test_needs_no_torch(tmp_path: Path, overrides: list[str]) -> None:
     code = f"""
 import sys
@@ -154,6 +155,7 @@ def test_a_run_folder_with_other_settings(
     assert agents == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("epochs", "stopped_early", "finished"), [(2, False, True), (1, False, False), (1, True, True)]
 )
@@ -184,6 +186,7 @@ DOCUMENTED = re.findall(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", DOCUMENTED)
 def test_documented_commands_say_what_they_would_start(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*shlex.split(line), "dry_run=true"]) == 0

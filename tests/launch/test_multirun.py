@@ -27,6 +27,7 @@ def cells_of(overrides: list[str]) -> list[Cell]:
     return sweep.cells
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -73,6 +74,7 @@ def test_the_launcher_is_for_runs_of_ours_only() -> None:
         HstuDistLauncher(jobs=1).setup(hydra_context=None, task_function=print, config=None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "names"),
     [
@@ -96,6 +98,7 @@ def test_a_run_is_named_after_what_it_varies(overrides: list[str], names: list[s
     assert all(f"name={cell.config.name}" in cell.overrides for cell in cells)
 
 
+@pytest.mark.slow
 def test_a_bad_cell_is_refused_before_any_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["-m", "name=x", f"output={tmp_path}/runs", "model.width=48,0"]) == 2
     assert "model.width: " in capsys.readouterr().err
@@ -126,6 +129,7 @@ class Climber(Sweeper):
 """
 
 
+@pytest.mark.slow
 def test_a_sweeper_that_searches_goes_by_the_validation_metric(tmp_path: Path) -> None:
     plugins = tmp_path / "plugins" / "hydra_plugins"
     plugins.mkdir(parents=True)
@@ -149,6 +153,7 @@ def test_a_sweeper_that_searches_goes_by_the_validation_metric(tmp_path: Path) -
     assert [(row["run"], row["state"]) for row in rows] == [("x_seed-1", "finished"), ("x_seed-7", "finished")]
 
 
+@pytest.mark.slow
 def test_dry_run_shows_every_cell(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["-m", "name=x", "cluster=slurm", "nodes=1,2", "dry_run=true"]) == 0
     printed = capsys.readouterr().out
@@ -204,6 +209,7 @@ def test_settings_with_keys_of_the_users_own_are_swept_too() -> None:
     assert [cell.swept for cell in cells] == [{"seed": "1"}, {"seed": "2"}]
 
 
+@pytest.mark.slow
 def test_the_ladder_has_two_seeds_of_its_small_half() -> None:
     cells = cells_of(["+sweep=scaling"])
     names = {cell.config.name for cell in cells}
@@ -212,6 +218,7 @@ def test_the_ladder_has_two_seeds_of_its_small_half() -> None:
     assert len(cells_of(["+sweep=isoflop"])) == 16
 
 
+@pytest.mark.slow
 def test_a_finished_cell_with_other_settings_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path, "scaling_hstu", "s01")
     command = ["-m", "experiment=scaling_hstu", "size=s01", f"output={tmp_path}", "name=scaling_hstu_s01"]

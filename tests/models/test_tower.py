@@ -94,6 +94,7 @@ def test_the_future_and_other_sequences_change_nothing(variant: str, backend: st
     assert (a[changed] != b[changed]).any(dim=1).all()
 
 
+@pytest.mark.slow
 @variants
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0), (1,), (0, 1, 2)], ids=str)

@@ -20,6 +20,7 @@ from tests.tiny import NUM_ITEMS, tiny_overrides
 LARGEST = ["experiment=hstu_1p5t", "cluster=h100x256"]
 
 
+@pytest.mark.slow
 def test_one_and_a_half_trillion_parameters_fit_on_256_h100(tmp_path: Path) -> None:
     lines: list[str] = []
     plan_run([*LARGEST, "plan.dataset_tokens=100000000000"], tmp_path, lines.append)
@@ -47,6 +48,7 @@ def test_it_needs_no_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_plan_that_does_not_fit_is_shown_and_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["plan", *LARGEST, "trainer.global_batch_size=1024", "--folder", str(tmp_path)])
     shown = capsys.readouterr()

@@ -145,4 +145,4 @@ def test_an_iso_flop_sweep_gives_optima_and_a_picture_where_it_has_no_law(
     assert (tmp_path / "fit" / "loss_by_size.svg").stat().st_size > 500
     assert not (tmp_path / "fit" / "loss.svg").exists()
     assert main(["scale", "plan", str(tmp_path), "cluster=h100x8", "--target-loss", "4.9"]) == 2
-    assert "scaling_hstu: has no law" in capsys.readouterr().out
+    assert "loss.json: holds no law" in capsys.readouterr().err

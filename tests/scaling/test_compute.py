@@ -46,6 +46,7 @@ def test_torch_counts_the_same(family: str, size: str) -> None:
     assert training_compute(config) == (counter.get_total_flops() - more) * records
 
 
+@pytest.mark.slow
 def test_the_ladder_grows_in_everything_and_goes_on_to_clusters() -> None:
     for family in FAMILIES:
         configs = [compose([f"experiment={family}", f"size={size}"]) for size in LADDER]
@@ -62,6 +63,7 @@ def test_the_ladder_grows_in_everything_and_goes_on_to_clusters() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_iso_flop_sizes_have_the_same_compute() -> None:
     for budget in ("a", "b", "c"):
         names = sorted(file.stem for file in (conf_dir() / "size").glob(f"iso_{budget}*.yaml"))

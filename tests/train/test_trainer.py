@@ -244,6 +244,7 @@ def test_metrics_are_logged_by_step_number(tmp_path: Path) -> None:
         assert "speed/mfu" not in line
 
 
+@pytest.mark.slow
 def test_speed_is_that_of_training_alone(tmp_path: Path) -> None:
     config = LoggingConfig(every_steps=2, progress=False, tensorboard=False)
 

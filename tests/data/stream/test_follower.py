@@ -70,6 +70,7 @@ def test_reading_stays_a_few_windows_ahead(tmp_path: Path) -> None:
         assert eventually(follower, 9) is Progress.ENDED
 
 
+@pytest.mark.slow
 def test_a_growing_file_is_read_when_it_stands_still(tmp_path: Path) -> None:
     parts = events_of(2)
     files = tmp_path / "files"
@@ -178,6 +179,7 @@ class Locked(Source):
         return super().read(file)
 
 
+@pytest.mark.slow
 def test_files_that_may_not_be_read_or_never_stand_still_hold_nothing_up(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
