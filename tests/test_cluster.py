@@ -40,6 +40,7 @@ def test_bad_settings(cluster: str, override: str, expected: str) -> None:
     assert caught.value.problem.startswith(f"configuration: {expected}"), caught.value.problem
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", ["90", "2:00:00", "1-12", "1-12:30:00"])
 def test_time_limits_as_slurm_writes_them(limit: str) -> None:
     config = compose(["name=x", "cluster=slurm", f"cluster.time_limit={limit}"])

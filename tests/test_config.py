@@ -122,6 +122,7 @@ def with_option(experiment: str, group: str, option: str, *more: str) -> RunConf
     return from_dict(resolved(config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group", "option"), [("data", "amazon_toys"), ("task", "retrieval"), ("cluster", "slurm")])
 def test_an_option_in_its_place_is_what_hydra_composes(group: str, option: str) -> None:
     hydras = compose(["experiment=ml1m", f"{group}={option}"])
@@ -168,6 +169,7 @@ def test_choices_that_meet_in_the_model_compose_in_every_combination() -> None:
         assert run.model.max_length == run.data.max_length
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", [option for option in GROUPS["data"] if option != "stream"])
 def test_every_data_set_can_be_prepared(option: str) -> None:
     values = compose_dict("prepare", [f"data={option}", *needed("data", option)])

@@ -90,6 +90,7 @@ def test_every_room_has_its_place() -> None:
     assert rooms == set(LEVEL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", python_files("hstu_dist"), ids=lambda f: str(f.relative_to(ROOT)))
 def test_imports_go_one_way(file: Path) -> None:
     own = room_of(file)

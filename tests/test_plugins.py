@@ -69,6 +69,7 @@ def test_a_run_of_own_parts_on_two_ranks(tmp_path: Path) -> None:
     assert all("validation/rlr" in line for line in lines if "validation/hr@10" in line)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -84,6 +85,7 @@ def test_a_module_that_is_not_listed_is_refused(overrides: tuple[str, ...]) -> N
         compose(["experiment=ml1m", *overrides])
 
 
+@pytest.mark.slow
 def test_what_is_not_listed_is_not_imported(tmp_path: Path) -> None:
     (tmp_path / "trap.py").write_text("open('sprung', 'w')\n")
     command = [sys.executable, "-m", "hstu_dist", "train", "experiment=ml1m", "model=plugin", "model.target=trap:Model"]
@@ -93,6 +95,7 @@ def test_what_is_not_listed_is_not_imported(tmp_path: Path) -> None:
     assert not (tmp_path / "sprung").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["os", "os:", ":system", "os.:x", "os:a.b", "os:system()", "../os:system"])
 def test_a_target_is_a_module_and_a_name(target: str) -> None:
     with pytest.raises(UserError, match=r"model.target: String should match pattern"):

@@ -39,6 +39,7 @@ def test_leave_one_out_needs_four_events_of_somebody(events: int, enough: bool, 
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -60,6 +61,7 @@ def test_the_usual_folder_goes_without_saying() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["row_wise", "table_wise"])
 def test_checkpoints_need_the_same_disk_space_at_any_world_size(
     sharding: str, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -86,6 +86,7 @@ def run_folder(folder: Path, data: Path, *overrides: str, finished: bool = True)
     return path
 
 
+@pytest.mark.slow
 def test_the_page_shows_what_the_folder_says(tmp_path: Path, tiny_data: Path) -> None:
     shown = Page(page([RunData.read(run_folder(tmp_path, tiny_data))]))
     for text in (
@@ -108,11 +109,13 @@ def test_the_page_shows_what_the_folder_says(tmp_path: Path, tiny_data: Path) ->
     assert shown.fetched == []
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_has_a_page(tmp_path: Path, tiny_data: Path) -> None:
     text = page([RunData.read(run_folder(tmp_path, tiny_data, finished=False))])
     assert "not finished, step 2" in text and Page(text).figures >= 2
 
 
+@pytest.mark.slow
 def test_a_run_whose_data_set_has_gone_has_a_page(tmp_path: Path, tiny_data: Path) -> None:
     data = shutil.copytree(tiny_data, tmp_path / "data")
     path = run_folder(tmp_path, data)
@@ -140,6 +143,7 @@ def test_several_runs_stand_beside_each_other(tmp_path: Path, tiny_data: Path) -
     assert shown.cells.count("0.2500") == 3
 
 
+@pytest.mark.slow
 def test_what_a_name_holds_is_text(tmp_path: Path, tiny_data: Path) -> None:
     data = RunData.read(run_folder(tmp_path, tiny_data))
     bad: RunConfig = replace(data.config, output="<script>alert(1)</script>")

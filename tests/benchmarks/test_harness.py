@@ -73,6 +73,7 @@ def test_short_steps_are_warmed_up_for_as_long_as_asked() -> None:
     assert machine.runs == [("short", True)] * 5
 
 
+@pytest.mark.slow
 def test_a_step_that_does_not_fit_is_left_out_and_named() -> None:
     machine = FakeMachine({"small": 1.0, "large": 1.0})
 

@@ -83,6 +83,7 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> Any:
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_rank")
 def test_one_save_is_in_flight_and_the_next_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     running, most = [0], [0]

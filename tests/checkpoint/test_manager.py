@@ -58,6 +58,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     assert manager.steps() == [5] and float(loaded["a.step"]) == 99.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keep", "best", "expected"),
     [(1, -1, [6]), (2, -1, [5, 6]), (2, 3, [3, 5, 6]), (2, 6, [5, 6]), (9, 2, [*range(7)])],
@@ -151,6 +152,7 @@ DAMAGES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
 def test_a_damaged_checkpoint_is_named_and_passed_over(
     damage: Callable[[Path], str], tmp_path: Path, caplog: pytest.LogCaptureFixture

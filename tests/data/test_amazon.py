@@ -117,6 +117,7 @@ def core_of(ratings: list[Rating]) -> list[Rating]:
         kept = [r for r in kept if rare not in (r.user, r.item)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["reviews_Beauty.json.gz", "ratings_Beauty.csv"])
 @pytest.mark.parametrize("seed", range(4))
 def test_5_core_is_the_fixed_point(tmp_path: Path, name: str, seed: int) -> None:
@@ -296,6 +297,7 @@ def address(server: Server, name: str = "reviews_Beauty_5.json.gz") -> str:
     return f"http://127.0.0.1:{server.server_port}/{name}"
 
 
+@pytest.mark.slow
 def test_an_address_is_fetched_once(tmp_path: Path, server: Server) -> None:
     ratings = walks()
     file = write_ratings(tmp_path / "r.json.gz", ratings)
@@ -310,6 +312,7 @@ def test_an_address_is_fetched_once(tmp_path: Path, server: Server) -> None:
     assert (tmp_path / "data" / "set" / "dataset.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_half_a_download_is_no_download(tmp_path: Path, server: Server) -> None:
     server.content, server.announced = b"half", 8
     with pytest.raises(UserError, match=r"cannot be fetched \(OSError: got 4 of 8 bytes\)"):
@@ -319,6 +322,7 @@ def test_half_a_download_is_no_download(tmp_path: Path, server: Server) -> None:
     assert list((tmp_path / "data").rglob("*")) == [tmp_path / "data" / "downloads"]
 
 
+@pytest.mark.slow
 def test_a_page_instead_of_the_file_is_not_kept(tmp_path: Path, server: Server) -> None:
     server.content = b"<html>Please log in</html>"
     with pytest.raises(UserError, match=r"reviews_Beauty_5.json.gz line 1: JSON parse error: Invalid value"):

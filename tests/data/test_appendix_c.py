@@ -107,6 +107,7 @@ def test_every_category_has_an_item_from_the_start(law: str) -> None:
     assert (np.ptp(counts) <= 1) == (law == "even")
 
 
+@pytest.mark.slow
 def test_prepared_like_any_data_set(tmp_path: Path) -> None:
     config = replace(SMALL, path=str(tmp_path / "stream"), num_records=60_000)
     manifest = prepare(config)

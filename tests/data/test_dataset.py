@@ -58,6 +58,7 @@ def rewrite(folder: Path, **columns: Any) -> None:
     pq.write_table(table, folder / SEQUENCES_FILE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
@@ -93,6 +94,7 @@ def test_another_schema(folder: Path) -> None:
         SequenceDataset.open(folder)
 
 
+@pytest.mark.slow
 def test_a_changed_byte_does_not_go_unnoticed(folder: Path) -> None:
     file = folder / SEQUENCES_FILE
     right, before = file.read_bytes(), SequenceDataset.open(folder)

@@ -107,6 +107,7 @@ def test_features_of_the_users_of_the_log_are_codes(tmp_path: Path) -> None:
         contextual_features(tmp_path / "prepared", manifest, ["tab"])
 
 
+@pytest.mark.slow
 def test_preparing_again_changes_nothing_and_other_features_do(tmp_path: Path) -> None:
     write_kuairand(tmp_path)
     first = prepare(config_of(tmp_path))
@@ -120,6 +121,7 @@ def test_preparing_again_changes_nothing_and_other_features_do(tmp_path: Path) -
     assert none.contextual == () and not (tmp_path / "prepared" / CONTEXT_FILE).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

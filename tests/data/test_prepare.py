@@ -84,6 +84,7 @@ def test_the_same_input_elsewhere_is_the_same_input(config: EventsConfig, tmp_pa
     assert state(config.path) == before
 
 
+@pytest.mark.slow
 def test_changed_settings_input_or_files_are_prepared_anew(config: EventsConfig) -> None:
     prepare(config)
     assert prepare(log_config(Path(str(config.input)), config.path, min_user_events=10)).recipe["min_user_events"] == 10

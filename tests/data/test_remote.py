@@ -58,6 +58,7 @@ def test_a_bucket_gives_what_the_disk_gives(s3: S3, local: Path, tmp_path: Path,
     assert SequenceDataset.open(tmp_path / "bucket").lengths.sum() == 600
 
 
+@pytest.mark.slow
 def test_text_files_in_a_bucket(s3: S3, tmp_path: Path) -> None:
     (tmp_path / "log").mkdir()
     write_log(tmp_path / "log" / "a.csv", {"user": ["x", "7"], "item": [1, 2], "time": [3, 4]})

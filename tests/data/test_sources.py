@@ -59,6 +59,7 @@ def server() -> Iterator[str]:
         thread.join()
 
 
+@pytest.mark.slow
 def test_official_archive(release: Release, server: str) -> None:
     source = MovieLens(MovieLensConfig(kind="ml1m"), replace(release, url=f"{server}/ml.zip"))
     events = source.read()
@@ -93,6 +94,7 @@ def test_a_wrong_file_placed_by_hand(release: Release, tmp_path: Path, content: 
         MovieLens(MovieLensConfig(kind="ml1m", archive=str(file)), release).read()
 
 
+@pytest.mark.slow
 def test_without_network_both_failures_and_the_way_out_are_told(
     release: Release, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,5 +52,6 @@ def test_the_source_says_it(message: str) -> None:
     assert said(message)
 
 
+@pytest.mark.slow
 def test_a_message_of_nobody_is_found_out() -> None:
     assert not said("nobody says such a thing")

@@ -159,6 +159,7 @@ def test_between_ranks(tmp_path: Path) -> None:
     assert skewed["clocks"].status is Status.FAIL and 7.4e3 < float(skewed["clocks"].found.split()[0]) < 7.6e3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failed", [False, True])
 def test_the_verdict_is_the_exit_code(
     failed: bool, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -173,6 +173,7 @@ def test_unknown_candidates_have_no_answer_and_change_no_other() -> None:
     assert_alone(RankingModel(reference, TABLE, HEADS), reference, replace(requests, candidate_ids=unknown), 3)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(0, MAX_EVENTS - 1), max_size=4),

@@ -40,6 +40,7 @@ def test_every_host_meets_at_the_first(overrides: list[str], tmp_path: Path) -> 
         assert read.config_file == tmp_path / "my runs" / "tiny" / "launch.yaml"
 
 
+@pytest.mark.slow
 def test_lines_to_start_by_hand(overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*overrides, "dry_run=true"]) == 0
     printed = capsys.readouterr().out
@@ -65,6 +66,7 @@ def test_the_worst_end_counts(line: str, code: int, overrides: list[str], tmp_pa
     assert sorted(words.split()[1] for words in called) == ["10.0.0.2", "a.example"]
 
 
+@pytest.mark.slow
 def test_a_stop_on_the_way(overrides: list[str], tmp_path: Path) -> None:
     stop = RunFolder(compose(overrides).run_dir).stop_file
     touch = f"touch {shlex.quote(str(stop))}"

@@ -143,6 +143,7 @@ def calls(kubectl: Path) -> list[tuple[list[str], str]]:
     return [(words, text) for words, text in made]
 
 
+@pytest.mark.slow
 def test_applies_asks_and_deletes(tmp_path: Path, kubectl: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # the data lies in the cluster, not here
     overrides = [*tiny_overrides(tmp_path / "nowhere", tmp_path / "runs"), "cluster=kubernetes", "cluster.namespace=us"]

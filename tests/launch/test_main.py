@@ -57,6 +57,7 @@ print([name for name in ("torch", "torchrec", "fbgemm_gpu", "triton") if name in
     assert (ended.code, ended.out.splitlines()[-1]) == (0, "[]"), ended.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["dry_run=true", "--dry-run"])
 def test_dry_run_prints_the_command_and_touches_nothing(
     flag: str, overrides: list[str], tmp_path: Path, agents: list[list[str]], capsys: pytest.CaptureFixture[str]
@@ -103,6 +104,7 @@ def test_starts_what_dry_run_prints(
     assert not folder.config_file.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "named"),
     [

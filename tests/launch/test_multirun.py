@@ -51,6 +51,7 @@ def test_combinations_as_hydra_makes_them(overrides: list[str], expected: list[d
     assert all(word in cell.overrides for word in given for cell in cells)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
@@ -195,6 +196,7 @@ def test_a_failed_cell_stops_nobody_and_finished_ones_are_skipped(tiny_data: Pat
         assert f"{test['ndcg@10']:.4f}" in again.out
 
 
+@pytest.mark.slow
 def test_the_cost_is_said_before_anything_starts(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["-m", "--dry-run", "+sweep=scaling", "size=s01,s02", "experiment=scaling_hstu"]) == 0
     first, *cells = capsys.readouterr().out.splitlines()
@@ -202,6 +204,7 @@ def test_the_cost_is_said_before_anything_starts(capsys: pytest.CaptureFixture[s
     assert cells[:2] == ["  scaling_hstu_size-s01: 3e+10", "  scaling_hstu_size-s02: 8.41e+10"]
 
 
+@pytest.mark.slow
 def test_settings_with_keys_of_the_users_own_are_swept_too() -> None:
     metrics = "trainer.evaluation.metrics={rlr: 'examples.own_parts:reciprocal_log_rank'}"
     cells = cells_of(["experiment=ml1m", "seed=1,2", "plugins=[examples.own_parts]", metrics])

@@ -62,6 +62,7 @@ def test_an_elastic_run_needs_its_fewest_machines_only(arguments: NodeArguments)
     assert read.nnodes == "2:4" and "keep_alive_interval=" in read.rdzv_conf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("node", ["2", "-1", "first", "UNSET"])
 def test_a_number_that_no_machine_has(arguments: NodeArguments, node: str) -> None:
     with pytest.raises(UserError, match=r"--node: got .*, expected a number below 2"):

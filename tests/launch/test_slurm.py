@@ -92,6 +92,7 @@ def test_a_container_starts_python(overrides: list[str]) -> None:
     )
 
 
+@pytest.mark.slow
 def test_submits_and_remembers_the_job(
     overrides: list[str], programs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,6 +129,7 @@ def test_submits_and_remembers_the_job(
     assert not folder.stop_file.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sbatch", "said"),
     [

@@ -6,6 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import pytest
 from torch.distributed.run import parse_args
 
 from hstu_dist.config import compose
@@ -32,6 +33,7 @@ def test_a_shell_reads_the_line_back() -> None:
     assert shlex.split(line) == ["OMP_NUM_THREADS=2", "TORCH_CPP_LOG_LEVEL=FATAL", *agent_command(SPEC)]
 
 
+@pytest.mark.slow
 def test_spec_takes_ranks_threads_and_restarts_from_the_run() -> None:
     settings = ["name=a", "output=out", "nproc=3", "cluster.max_restarts=2"]
     spec = LaunchSpec.of(compose(settings))

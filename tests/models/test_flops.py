@@ -56,6 +56,7 @@ def full_work(config: HSTUConfig | TransformerConfig) -> Workload:
     )
 
 
+@pytest.mark.slow
 @variants
 @pytest.mark.parametrize("loss", [SampledSoftmaxConfig(num_negatives=6), FullSoftmaxConfig()])
 def test_flops_are_those_that_torch_counts(variant: str, loss: SampledSoftmaxConfig | FullSoftmaxConfig) -> None:

@@ -30,6 +30,7 @@ def assert_uncorrelated(a: Tensor, b: Tensor) -> None:
     assert abs(float(torch.corrcoef(pair)[0, 1])) < SIGMAS / a.numel() ** 0.5
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(
     key=st.integers(-(2**63), 2**63 - 1),

@@ -93,6 +93,7 @@ def test_chunks_equal_the_whole(case: tuple[int, int, int | None, int]) -> None:
     assert_as_exact_as_eager(p, p.run(SoftmaxBackend.CHUNKED, torch.float64), torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)

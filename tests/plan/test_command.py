@@ -37,6 +37,7 @@ def test_one_and_a_half_trillion_parameters_fit_on_256_h100(tmp_path: Path) -> N
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png", ".svg"}
 
 
+@pytest.mark.slow
 def test_it_needs_no_torch() -> None:
     code = (
         "import sys\nfrom hstu_dist.commands.plan import settings_of, job_of\nfrom hstu_dist.plan.report import Plan\n"
@@ -105,6 +106,7 @@ def test_a_prepared_data_set_says_how_many_items_there_are(tiny_data: Path, tmp_
     assert memory_of(planned, 2).table == NUM_ITEMS // 2 * 8 * 4
 
 
+@pytest.mark.slow
 def test_batches_of_so_many_tokens_or_flops_hold_as_many_sequences_as_that_takes() -> None:
     def sequences(*overrides: str) -> int:
         return job_of(compose(["experiment=hstu_1p5t", *overrides])).global_batch_size

@@ -77,6 +77,7 @@ def test_the_long_page_shows_everything(checkout: Checkout) -> None:
     assert "![ml1m learning curves](figures/ml1m_learning_curves.svg)" in page
 
 
+@pytest.mark.slow
 def test_what_was_written_comes_out_the_same_again(checkout: Checkout) -> None:
     written = write_pages(checkout)
     readme = checkout.readme.read_text()

@@ -71,6 +71,7 @@ def test_iso_flop_sizes_have_the_same_compute() -> None:
         assert len(names) >= 5 and max(computes) / min(computes) < 1.02
 
 
+@pytest.mark.slow
 def test_stochastic_length_counts_what_is_kept() -> None:
     config = compose(
         ["experiment=scaling_hstu", "size=s08", "data.stochastic_length={alpha: 1.4, selection: greedy}", "seed=3"]
@@ -89,6 +90,7 @@ def test_stochastic_length_counts_what_is_kept() -> None:
     assert whole is not None and expected < 0.6 * whole
 
 
+@pytest.mark.slow
 def test_passes_add_up(tiny_data: Path) -> None:
     words = ["name=x", "data=events", f"data.path={tiny_data}", "data.max_length=16", "trainer.epochs=3"]
     once = training_compute(compose([*words, "trainer.stop_epoch=1"]))

@@ -48,6 +48,7 @@ def test_the_largest_run_is_predicted_and_lies_in_the_interval() -> None:
     assert inside >= 3
 
 
+@pytest.mark.slow
 def test_one_run_that_went_wrong_does_not_decide() -> None:
     values = noisy(1, 5e-4)
     values[3] *= 1.2
@@ -72,6 +73,7 @@ def test_inverses() -> None:
     assert math.isinf(LogLaw(0.2, -0.1, 1e12).compute_for(0.3)) and math.isinf(line.compute_for(1e9))
 
 
+@pytest.mark.slow
 def test_the_same_points_give_the_same_intervals() -> None:
     first, again = (fit_law("power", COMPUTE, noisy(0), resamples=20) for _ in range(2))
     assert first == again

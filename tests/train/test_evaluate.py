@@ -15,6 +15,7 @@ from tests.tiny import NUM_ITEMS, NUM_USERS
 from tests.train.cases import WORLD
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", [Split.VALIDATION, Split.TEST])
 def test_equals_ranking_each_user_alone(split: Split, tiny_data: Path) -> None:
     session = build(tiny_config(tiny_data, Path("unused"), "trainer.evaluation.batch_size=7"), WORLD)

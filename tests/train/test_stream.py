@@ -227,6 +227,7 @@ def test_every_rank_hears_that_the_source_is_gone(tmp_path: Path) -> None:
     assert problems[0] == problems[1] and "cannot be listed" in problems[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "message"),
     [

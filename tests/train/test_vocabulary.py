@@ -208,6 +208,7 @@ def test_memory_of_a_vocabulary_is_counted(tmp_path: Path) -> None:
     assert sizes["zch"] - sizes["hash"] == 8 * (3 + 3 + 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "problem"),
     [

@@ -57,6 +57,7 @@ def test_a_declared_end_ends_the_stream(tmp_path: Path) -> None:
         assert follower.pipeline.windower.counts.after_end > 0 and done < 6
 
 
+@pytest.mark.slow
 def test_reading_stays_a_few_windows_ahead(tmp_path: Path) -> None:
     files = write_stream(tmp_path / "files", events_of(9))
     with following(files, tmp_path, ahead=2) as follower:
@@ -113,6 +114,7 @@ def test_a_file_that_changes_while_it_is_read_is_left_for_later(tmp_path: Path) 
         source.read(file)
 
 
+@pytest.mark.slow
 def test_a_vanished_folder_is_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     parts = events_of(3)
     files = write_stream(tmp_path / "files", parts[:2], end=False)
@@ -128,6 +130,7 @@ def test_a_vanished_folder_is_waited_for(tmp_path: Path, caplog: pytest.LogCaptu
     assert "cannot be listed" in caplog.text and str(files) in caplog.text
 
 
+@pytest.mark.slow
 def test_a_folder_that_stays_away_ends_the_run_after_what_was_read(tmp_path: Path) -> None:
     files = write_stream(tmp_path / "files", events_of(2), end=False)
     with following(files, tmp_path, give_up_seconds=0.8) as follower:
@@ -149,6 +152,7 @@ def test_it_stops_at_once_whatever_it_waits_for(tmp_path: Path) -> None:
         assert time.monotonic() - began < 5
 
 
+@pytest.mark.slow
 def test_an_idle_stream_says_so_now_and_then(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,7 @@ def opened(run: Path, config: object) -> list[Window]:
     return [archive.open(number) for number in archive.numbers()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", ["drop", "add"])
 def test_a_restart_after_any_file_changes_nothing(late: str, tmp_path: Path) -> None:
     parts = events_of(4)

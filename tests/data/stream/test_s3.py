@@ -54,6 +54,7 @@ def parquet(events: Any) -> bytes:
     return sink.getvalue()
 
 
+@pytest.mark.slow
 def test_a_bucket_gives_the_windows_of_a_folder(server: str, tmp_path: Path) -> None:
     client, parts = client_of(server), events_of(4)
     client.create_dir("events")
@@ -78,6 +79,7 @@ def test_a_bucket_gives_the_windows_of_a_folder(server: str, tmp_path: Path) -> 
     assert "hour=0001/broken.parquet" in (tmp_path / "b" / "quarantine.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_a_vanished_bucket_ends_the_run_after_a_while(server: str, tmp_path: Path) -> None:
     client, uri = client_of(server), uri_of(server, "going/log")
     client.create_dir("going")
@@ -89,6 +91,7 @@ def test_a_vanished_bucket_ends_the_run_after_a_while(server: str, tmp_path: Pat
             follower.poll(0, 30)
 
 
+@pytest.mark.slow
 def test_a_bucket_that_is_not_there_is_refused(server: str) -> None:
     with pytest.raises(UserError, match=r"cannot be listed .*NO_SUCH_BUCKET") as caught:
         check_reachable(uri_of(server, "nobody/log"))
