@@ -20,7 +20,7 @@ from hstu_dist.config import compose
 from hstu_dist.errors import ExitCode
 from launch.__main__ import main as launch
 
-EXPERIMENTS = ("sasrec", "hstu", "hstu_large", "best")
+EXPERIMENTS = ("sasrec", "hstu", "hstu_no_bias", "hstu_large", "best")
 """Each is conf/experiment/ml1m_NAME.yaml."""
 
 log = logging.getLogger(__name__)
