@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hstu_dist.errors import UserError
@@ -129,7 +129,9 @@ def learning_curves(cells: list[Results]) -> Curves:
 
 def _rows_of(name: str, results: Results) -> str:
     topic = _topic(name)
-    return f"**{topic.title}.** {topic.note}\n\n{rows_table(results, topic.metrics)}\n{_origin(results)}\n"
+    chosen = tuple(row for row in results.rows if row.contender in (topic.contenders or {row.contender}))
+    table = rows_table(replace(results, rows=chosen), topic.metrics)
+    return f"**{topic.title}.** {topic.note}\n\n{table}\n{_origin(results)}\n"
 
 
 def _headlines(name: str, results: Results) -> dict[str, float]:
@@ -153,7 +155,7 @@ def _row_tables(results: Results) -> Iterator[str]:
         metrics_of.setdefault(_who(row), []).append(row.metric)
     for metrics in dict.fromkeys(map(tuple, metrics_of.values())):
         rows = tuple(row for row in results.rows if tuple(metrics_of[_who(row)]) == metrics)
-        yield rows_table(Results(**{**vars(results), "rows": rows}), metrics).rstrip()
+        yield rows_table(replace(results, rows=rows), metrics).rstrip()
 
 
 def _who(row: Row) -> tuple[str, str]:

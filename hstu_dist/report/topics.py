@@ -14,24 +14,27 @@ class Topic:
         title: heading.
         note: what a reader must know to read its figures.
         metrics: columns of a table of rows in README.md; none: its line in the digest alone.
+        contenders: whose rows that table has; none: everybody's.
         headlines: what the digest quotes, `text → (case, metric, a, b)` of a ratio.
     """
 
     title: str
     note: str = ""
     metrics: tuple[str, ...] = ()
+    contenders: tuple[str, ...] = ()
     headlines: Mapping[str, tuple[str, str, str, str]] = field(default_factory=dict)
 
 
 TOPICS: Mapping[str, Topic] = {
     "ml1m": Topic(
         title="MovieLens-1M",
-        note="Means over the seeds (quartiles in brackets), ranked against all items but the history that the model "
-        "sees. "
+        note="Means over the seeds, quartiles in brackets, or one seed where there are none; ranked against all items "
+        "but the history that the model sees. "
         "*validation-chosen* holds out a validation event, picks the best epoch by it and reads the test split once; "
         "*refit* then trains that many epochs on the validation events too. Published figures are of the reference "
         "protocol: trained on all but the test event, the best of all readings of the test split.",
         metrics=("hr@10", "ndcg@10", "hr@50", "hr@200"),
+        contenders=("validation-chosen", "refit", "published"),
     ),
     "ranking": Topic(
         title="Ranking on MovieLens-1M",
