@@ -63,7 +63,7 @@ test-long: $(STAMP)  ## run the campaigns that take minutes each
 test-cluster: $(STAMP)  ## run the tests on a real Slurm and on two network namespaces; need root, take minutes
 	$(RUN) -m pytest -m "(slurm or netns) and not long"
 
-coverage: $(STAMP)  ## run the test suite and say which lines it never reaches; twice as long
+coverage: $(STAMP)  ## run the test suite and say which lines it never reaches, fail below 90%; twice as long
 	$(RUN) -m coverage erase
 	$(RUN) -m coverage run -m pytest -n 2 --dist worksteal -m "not slurm and not netns and not long" --timeout=900
 	$(RUN) -m coverage combine --quiet
@@ -72,7 +72,7 @@ coverage: $(STAMP)  ## run the test suite and say which lines it never reaches; 
 audit: $(STAMP)  ## look all installed packages up in OSV's list of known vulnerabilities; needs api.osv.dev
 	$(RUN) packaging/audit.py
 
-faults: $(STAMP)  ## kill, stop, cut off and mislead small runs at random steps, and check how they end; needs root, minutes
+faults: $(STAMP)  ## kill, stop, cut off and mislead small runs at random steps, and check how they end; minutes, as root also on a full disk
 	$(RUN) -m benchmarks faults
 
 check: $(STAMP)  ## format, lint, types and the fast tests

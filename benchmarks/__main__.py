@@ -84,7 +84,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _overview() -> str:
-    lines = [f"  {name:<12}{summary}" for name, summary in BENCHMARKS.items()]
+    lines = [f"  {name:<17}{summary}" for name, summary in BENCHMARKS.items()]
     usage = "usage: python -m benchmarks NAME [options]"
     return "\n".join([usage, "", *lines, "", "python -m benchmarks NAME --help lists options", ""])
 

@@ -82,7 +82,9 @@ def search_of(model: RetrievalModel, index: str) -> Search:
     try:
         from hstu_dist.inference.hnsw import HnswSearch
     except ImportError as error:
-        raise UserError("index=hnsw: needs the package faiss-cpu", "install hstu-dist[ann], or use exact") from error
+        raise UserError(
+            "index=hnsw: needs the package faiss-cpu", "run pip install '.[ann]' in the clone, or use index=exact"
+        ) from error
     return HnswSearch(model.items_VD)
 
 

@@ -24,7 +24,7 @@ def serve_run(words: Words[ServeConfig], say: Callable[[str], None]) -> None:
     try:
         from hstu_dist.inference.server import Served, serve
     except ImportError as error:
-        raise UserError(f"serve: needs the package {error.name}", "install hstu-dist[serve]") from error
+        raise UserError(f"serve: needs the package {error.name}", "run pip install '.[serve]' in the clone") from error
     settings = words.settings
     cache = StateCache(settings.cache_mib << 20) if settings.cache_mib else None
     trained = load_trained(*run_of(words.run, words.overrides), settings, cache)

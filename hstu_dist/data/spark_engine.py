@@ -48,7 +48,7 @@ def _session() -> SparkSession:
     except ImportError as error:
         raise UserError(
             "engine: got spark, but PySpark is not installed",
-            "pip install 'hstu-dist[spark]', which needs Java 17",
+            "pip install '.[spark]' in the clone; it needs Java 17",
         ) from error
     try:
         # the results of a pass come to this process: bounded by the size of a pass, not by this limit

@@ -173,7 +173,7 @@ def _topic(name: str) -> Topic:
 
 
 def _origin(results: Results) -> str:
-    device = f"{results.device}, {results.threads} threads"
+    device = f"{results.device}, {results.threads} thread{'s' if results.threads > 1 else ''}"
     commit, changed, _ = results.commit.partition("+")
     state = f"{commit[:12]} with uncommitted changes" if changed else commit[:12]
     return f"Measured by `{results.command}` on {device}, {results.date[:10]}, commit {state}."
