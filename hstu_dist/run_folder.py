@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -94,11 +95,12 @@ class RunFolder:
         Raises:
             UserError: not writable, too little space, or it holds a run with other settings.
         """
-        probe = self.path / f".probe-{os.getpid()}"
+        # every rank comes here, and process ids of containers are the same on all machines
+        probe = self.path / f".probe-{uuid.uuid4().hex}"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe.write_text("probe")
-            probe.unlink()
+            probe.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
                 f"run folder {self.path}: cannot be written ({error.strerror})", "set output=FOLDER to a writable one"
