@@ -30,12 +30,13 @@ _LEAST_EVENTS = 4
 """Two to train on, one input and its target, and one each for validation and test."""
 
 
-def preflight(config: RunConfig, world_size: int) -> Manifest | None:
+def preflight(config: RunConfig, world_size: int, trains: bool = True) -> Manifest | None:
     """Checks a run on the machine that is going to start it.
 
     Args:
         config: the run.
         world_size: ranks.
+        trains: whether it will write checkpoints, which take disk space.
 
     Returns:
         The manifest of its data; None for a stream.
@@ -58,7 +59,7 @@ def preflight(config: RunConfig, world_size: int) -> Manifest | None:
     copies = config.trainer.checkpoint.keep + _CHECKPOINTS_AT_ONCE
     specs = specs_of(config, num_items)
     (table_bytes,) = configured_plan(specs, 1).bytes_per_rank(specs)
-    RunFolder(config.run_dir).check(config, needed_bytes=table_bytes * copies + (1 << 20))
+    RunFolder(config.run_dir).check(config, needed_bytes=table_bytes * copies + (1 << 20) if trains else 0)
     return manifest
 
 

@@ -90,7 +90,8 @@ class RunFolder:
 
         Args:
             config: the run.
-            needed_bytes: disk space that its checkpoints will take.
+            needed_bytes: disk space of all checkpoints that it keeps and writes at once; those that are already
+                here have theirs.
 
         Raises:
             UserError: not writable, too little space, or it holds a run with other settings.
@@ -105,10 +106,10 @@ class RunFolder:
             raise UserError(
                 f"run folder {self.path}: cannot be written ({error.strerror})", "set output=FOLDER to a writable one"
             ) from error
-        free = shutil.disk_usage(self.path).free
-        if free < needed_bytes:
+        free, missing = shutil.disk_usage(self.path).free, needed_bytes - self._checkpoint_bytes()
+        if free < missing:
             raise UserError(
-                f"run folder {self.path}: {free / 2**20:.0f} MiB free, {needed_bytes / 2**20:.0f} MiB needed",
+                f"run folder {self.path}: {free / 2**20:.0f} MiB free, {missing / 2**20:.0f} MiB needed",
                 "free some space or set output=FOLDER to another disk",
             )
         if self.config_file.exists():
@@ -118,6 +119,17 @@ class RunFolder:
                     f"run folder {self.path}: holds a run with other settings ({'; '.join(changed[:3])})",
                     "set name=NAME for a new run, or remove the folder",
                 )
+
+    def _checkpoint_bytes(self) -> int:
+        """Bytes of the checkpoints here, without those that were set aside; a run may be removing some meanwhile."""
+        total = 0
+        for folder, _, names in os.walk(self.checkpoints):
+            if folder.endswith(".damaged"):
+                continue
+            for name in names:
+                with contextlib.suppress(OSError):
+                    total += Path(folder, name).stat().st_size
+        return total
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -71,6 +71,8 @@ def test_checkpoints_need_the_same_disk_space_at_any_world_size(
     for world_size in (1, 4):
         preflight(run(tmp_path, tiny_data, f"embedding={sharding}"), world_size)
     assert asked[0] == asked[1] > NUM_ITEMS * 8 * 4
+    preflight(run(tmp_path, tiny_data, f"embedding={sharding}"), 1, trains=False)
+    assert asked[2] == 0
 
 
 def test_the_advised_number_of_ranks_is_the_smallest_that_fits(tiny_data: Path, tmp_path: Path) -> None:

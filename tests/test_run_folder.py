@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,3 +44,18 @@ def test_ranks_with_the_same_process_id_do_not_meet_in_the_folder(
     monkeypatch.setattr(Path, "write_text", another_pod_does_the_same)
     RunFolder(tmp_path).check(config, needed_bytes=0)
     assert not list(tmp_path.iterdir())
+
+
+def test_checkpoints_that_are_there_need_no_more_space(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path)
+    for name in ("step-00000010", "step-00000020.1a2b3c4d.unfinished", "step-00000005.damaged"):
+        (folder.checkpoints / name).mkdir(parents=True)
+        (folder.checkpoints / name / "rank-00000.safetensors").write_bytes(bytes(1 << 20))
+    # a run that is training removes a file between its listing and its size
+    (folder.checkpoints / "step-00000010" / "manifest.json").symlink_to(tmp_path / "gone")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 << 20))
+    folder.check(config, needed_bytes=5 << 20)
+    with pytest.raises(UserError, match="3 MiB free, 4 MiB needed"):
+        folder.check(config, needed_bytes=6 << 20)
