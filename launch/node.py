@@ -71,8 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         report(error)
         return ExitCode.BAD_INPUT
-    # beside its settings
-    folder = RunFolder(parsed.config_file.parent)
+    # as the ranks find it: its settings may lie elsewhere, in the ConfigMap of a pod
+    folder = RunFolder(config.run_dir)
     return run(
         agent_command(spec),
         agent_environment(spec),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import pytest
 from torch.distributed.run import parse_args
 
 from hstu_dist.config import compose, save
-from hstu_dist.errors import UserError
+from hstu_dist.errors import ExitCode, UserError
+from hstu_dist.run_folder import RunFolder
+from launch import node
 from launch.node import NodeArguments, _parse, check_port_is_free, main, own_address, prepare, wait_for_host
 from launch.torchrun import agent_command, agent_environment
 
@@ -63,10 +66,10 @@ def test_an_elastic_run_needs_its_fewest_machines_only(arguments: NodeArguments)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("node", ["2", "-1", "first", "UNSET"])
-def test_a_number_that_no_machine_has(arguments: NodeArguments, node: str) -> None:
+@pytest.mark.parametrize("number", ["2", "-1", "first", "UNSET"])
+def test_a_number_that_no_machine_has(arguments: NodeArguments, number: str) -> None:
     with pytest.raises(UserError, match=r"--node: got .*, expected a number below 2"):
-        prepare(replace(arguments, node=node), {})
+        prepare(replace(arguments, node=number), {})
 
 
 def test_settings_that_cannot_be_seen(arguments: NodeArguments, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,6 +78,27 @@ def test_settings_that_cannot_be_seen(arguments: NodeArguments, capsys: pytest.C
     error, mend = capsys.readouterr().err.splitlines()
     assert error == f"error: {socket.gethostname()}: {arguments.config_file} is not there"
     assert mend.startswith("  mend: set output=FOLDER")
+
+
+def test_a_finished_run_is_found_by_pods_whose_settings_lie_elsewhere(
+    arguments: NodeArguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = compose(["name=x", "cluster=kubernetes", "cluster.max_restarts=1", "trainer.epochs=3"])
+    save(config, arguments.config_file)
+    asked: list[bool] = []
+
+    def lose_the_first_machine(
+        command: object, environment: object, restarts: int, finished: Callable[[], bool]
+    ) -> int:
+        asked.append(finished())
+        RunFolder(config.run_dir).finish({"epochs": 3.0})
+        asked.append(finished())
+        return ExitCode.FINISHED
+
+    monkeypatch.setattr(node, "run", lose_the_first_machine)
+    assert main(replace(arguments, node="0").words([])[2:]) == ExitCode.FINISHED
+    assert asked == [False, True]
 
 
 def test_a_port_in_use() -> None:
