@@ -172,7 +172,7 @@ def preview(config: RunConfig, program: Program = "train") -> str:
 
 
 def start(config: RunConfig, program: Program = "train") -> int:
-    """Creates the objects, unless the run's job is still active; returns the exit code.
+    """Creates the objects, unless the run's job is still active or pods of it run; returns the exit code.
 
     Data and run folder lie in the cluster, out of sight from here: the ranks check them when they start. What is
     written here only tells `status`, `logs` and `cancel` about the run.
@@ -184,6 +184,12 @@ def start(config: RunConfig, program: Program = "train") -> int:
     if _active(cluster, name):
         raise UserError(
             f"run {folder.path}: job {name} is still active", f"wait for it, or `python -m launch cancel {folder.path}`"
+        )
+    if _pods_run(cluster, name):
+        # those of a deleted job save first, and hold the run folder until they have
+        raise UserError(
+            f"run {folder.path}: the pods of job {name} are still saving and stopping",
+            f"wait until `python -m launch status {folder.path}` shows none running, then give the same command",
         )
     # a job that has ended cannot be changed, only replaced
     _kubectl(cluster, "delete", "job", name, "--ignore-not-found")
@@ -219,6 +225,11 @@ def logs(config: RunConfig) -> str:
 def _active(cluster: KubernetesConfig, name: str) -> bool:
     query = ("get", "job", name, "--ignore-not-found", "-o", "jsonpath={.status.active}")
     return _kubectl(cluster, *query).strip() not in ("", "0")
+
+
+def _pods_run(cluster: KubernetesConfig, name: str) -> bool:
+    query = ("get", "pod", "-l", f"app.kubernetes.io/instance={name}", "--field-selector=status.phase=Running")
+    return bool(_kubectl(cluster, *query, "-o", "name").strip())
 
 
 def _kubectl(cluster: KubernetesConfig, *words: str, text: str | None = None) -> str:

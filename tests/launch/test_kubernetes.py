@@ -113,10 +113,11 @@ def test_several_pods_need_a_shared_folder(capsys: pytest.CaptureFixture[str]) -
 
 @pytest.fixture
 def kubectl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stand-in that notes calls and input; `active` in its folder is what it says of the job."""
+    """A stand-in that notes calls and input; it says of the job what `active` in its folder has, `pods` of pods."""
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "active").touch()
+    (folder / "pods").touch()
     code = f"""
 import json, pathlib, sys
 folder = pathlib.Path({str(folder)!r})
@@ -125,6 +126,8 @@ with (folder / "calls").open("a") as calls:
     calls.write(json.dumps([sys.argv[1:], text]) + "\\n")
 if "jsonpath={{.status.active}}" in sys.argv:
     print((folder / "active").read_text())
+elif "--field-selector=status.phase=Running" in sys.argv:
+    print((folder / "pods").read_text())
 elif "logs" in sys.argv:
     print("what the ranks said")
 """
@@ -153,7 +156,7 @@ def test_applies_asks_and_deletes(tmp_path: Path, kubectl: Path, capsys: pytest.
     assert f"created job hstu-tiny; `python -m launch status|logs|cancel {folder}`" in capsys.readouterr().out
     made = calls(kubectl)
     assert all(words[:2] == ["--namespace", "us"] for words, _ in made)
-    assert [words[2] for words, _ in made] == ["get", "delete", "apply"]
+    assert [words[2] for words, _ in made] == ["get", "get", "delete", "apply"]
     assert list(yaml.safe_load_all(made[-1][1])) == manifests(config)
 
     (kubectl / "active").write_text("1")
@@ -166,6 +169,20 @@ def test_applies_asks_and_deletes(tmp_path: Path, kubectl: Path, capsys: pytest.
     assert main(["status", folder]) == 0
     assert main(["cancel", folder]) == 0
     assert [words[2] for words, _ in calls(kubectl)] == ["logs", "get", "delete"]
+
+
+@pytest.mark.slow
+def test_pods_of_a_cancelled_run_may_save_before_the_next_launch(
+    tmp_path: Path, kubectl: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = [*tiny_overrides(tmp_path / "nowhere", tmp_path / "runs"), "cluster=kubernetes"]
+    (kubectl / "pods").write_text("pod/hstu-tiny-0-x7f2q")
+    assert main(overrides) == 2
+    error, mend = capsys.readouterr().err.splitlines()
+    assert error.endswith("the pods of job hstu-tiny are still saving and stopping") and "same command" in mend
+    made = [words for words, _ in calls(kubectl)]
+    assert [words[2] for words in made] == ["get", "get"] and "app.kubernetes.io/instance=hstu-tiny" in made[1]
+    assert not (tmp_path / "runs").exists()
 
 
 def test_no_kubectl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
