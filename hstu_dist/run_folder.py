@@ -10,13 +10,14 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from hstu_dist.config import RunConfig, difference, load, save
 from hstu_dist.errors import UserError
@@ -33,6 +34,9 @@ _PACKAGES = (
     "numpy",
     "pyarrow",
 )
+
+_LOCK_SECONDS = 2.0
+_LOCK_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -136,27 +140,48 @@ class RunFolder:
         """Keeps other runs out of the folder until it is left or this process ends, however it ends.
 
         Raises:
-            UserError: another process has the lock.
+            UserError: another process has the lock, or this one may not take it.
         """
-        with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+        with contextlib.ExitStack() as stack:
+            with self._explained_lock():
+                file = stack.enter_context(self._lock_file.open("w"))
+                # `is_locked` of others holds it for a moment
+                deadline = time.monotonic() + _LOCK_SECONDS
+                while not (taken := _locks(file, fcntl.LOCK_EX)) and time.monotonic() < deadline:
+                    time.sleep(_LOCK_POLL_SECONDS)
+            if not taken:
                 raise UserError(
                     f"run folder {self.path}: another process is training in it",
                     "wait for it or stop it, or set name=NAME for a new run",
-                ) from error
+                )
             yield
 
     def is_locked(self) -> bool:
-        """Whether a process is training in the folder."""
-        if not self.path.is_dir():
-            return False
-        try:
-            with self.lock():
+        """Whether a process is training in the folder; writes nothing.
+
+        Raises:
+            UserError: this process may not see it.
+        """
+        with self._explained_lock():
+            try:
+                with self._lock_file.open() as file:
+                    return not _locks(file, fcntl.LOCK_SH)
+            except FileNotFoundError:
                 return False
-        except UserError:
-            return True
+
+    @property
+    def _lock_file(self) -> Path:
+        return self.path / ".lock"
+
+    @contextlib.contextmanager
+    def _explained_lock(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"run folder {self.path}: its lock cannot be used ({error.strerror})",
+                f"get the rights to {self._lock_file}, on a file system that has locks",
+            ) from error
 
     def describe(self, config: RunConfig) -> None:
         """Writes the resolved settings and the environment (git commit, versions, machine)."""
@@ -184,6 +209,15 @@ class RunFolder:
     def finish(self, result: dict[str, Any]) -> None:
         """Marks the run as finished."""
         _write_json(self.result_file, result)
+
+
+def _locks(file: IO[str], kind: int) -> bool:
+    """Takes a lock that `file` keeps until it is closed, unless another process has one against it."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

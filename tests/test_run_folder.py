@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from hstu_dist import run_folder
 from hstu_dist.config import RunConfig, compose
 from hstu_dist.errors import UserError
 from hstu_dist.run_folder import RunFolder
@@ -20,11 +24,45 @@ def config() -> RunConfig:
     return compose(["name=x"])
 
 
-def test_lock_keeps_others_out_until_it_is_left(tmp_path: Path) -> None:
+def test_lock_keeps_others_out_until_it_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "_LOCK_SECONDS", 0.1)
     first, second = RunFolder(tmp_path), RunFolder(tmp_path)
     with first.lock(), pytest.raises(UserError, match="another process is training in it"), second.lock():
         pass
     with second.lock():
+        assert first.is_locked()
+    assert not first.is_locked()
+
+
+def test_a_look_at_the_lock_does_not_keep_a_run_out(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    with folder.lock():
+        pass
+    file = (tmp_path / ".lock").open()
+    # what `is_locked` does, for longer than it does
+    fcntl.flock(file, fcntl.LOCK_SH)
+    assert not folder.is_locked()
+    timer = threading.Timer(0.2, file.close)
+    timer.start()
+    with folder.lock():
+        assert file.closed
+    timer.join()
+
+
+def test_a_reader_who_may_not_write_sees_whether_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, opened = RunFolder(tmp_path), Path.open
+
+    # as for somebody else's file; root, who runs containers, may write any
+    def open_to_read(path: Path, mode: str = "r") -> Any:
+        if mode != "r":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path)
+
+    with folder.lock():
+        monkeypatch.setattr(Path, "open", open_to_read)
+        assert folder.is_locked()
+    assert not folder.is_locked()
+    with pytest.raises(UserError, match=r"lock cannot be used \(Permission denied\)"), folder.lock():
         pass
 
 

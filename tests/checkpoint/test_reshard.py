@@ -174,8 +174,9 @@ def test_nothing_is_lost_where_writing_fails(
 
 @pytest.mark.distributed
 def test_damage_and_a_run_that_trains_are_refused(
-    trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("hstu_dist.run_folder._LOCK_SECONDS", 0.1)
     run = shutil.copytree(trained[0] / "row_wise", tmp_path / "run")
     folder = checkpoint_of(run)
     with RunFolder(run).lock():
