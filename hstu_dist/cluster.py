@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic.dataclasses import dataclass
 
 from hstu_dist.validation import STRICT
@@ -106,7 +106,8 @@ class SlurmConfig(_NetworkConfig):
     Attributes:
         nodes: machines of a run.
         partition, account: as sbatch knows them; null: the cluster's defaults.
-        time_limit: minutes, [days-]hours:minutes:seconds or days-hours; null: the partition's.
+        time_limit: text of minutes, [days-]hours:minutes:seconds or days-hours, in quotes in YAML, which else reads
+            4:00:00 as a number; null: the partition's.
         cpus_per_rank: cores of a rank; null: the cluster's default for a node's task.
         memory_gib: memory of a node; null: the cluster's default.
         stop_seconds: a job that reaches its time limit saves a checkpoint so many seconds before and queues again.
@@ -120,7 +121,7 @@ class SlurmConfig(_NetworkConfig):
     nodes: int = Field(default=1, gt=0)
     partition: str | None = None
     account: str | None = None
-    time_limit: int | str | None = None
+    time_limit: str | None = None
     cpus_per_rank: int | None = Field(default=None, gt=0)
     memory_gib: float | None = Field(default=None, gt=0)
     stop_seconds: int = Field(default=180, ge=1, le=65535)
@@ -129,8 +130,19 @@ class SlurmConfig(_NetworkConfig):
     setup: tuple[str, ...] = ()
     python: tuple[str, ...] | None = None
 
+    @field_validator("time_limit", mode="before")
+    @classmethod
+    def _refuse_numbers(cls, value: Any) -> Any:
+        # YAML 1.1 takes 4:00:00 for seconds, 14400, which Slurm would take for minutes
+        if isinstance(value, int | float):
+            raise ValueError(
+                f'got the number {value}, expected text: "4:00:00", or "240" for minutes, with the quotes '
+                """(in a shell 'cluster.time_limit="240"')"""
+            )
+        return value
+
     def __post_init__(self) -> None:
-        if self.time_limit is not None and not _TIME_LIMIT.fullmatch(str(self.time_limit)):
+        if self.time_limit is not None and not _TIME_LIMIT.fullmatch(self.time_limit):
             raise ValueError(f"time_limit: got {self.time_limit!r}, expected minutes or [days-]hours:minutes:seconds")
         for name in ("sbatch", "srun"):
             for option in getattr(self, name):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from hstu_dist.cluster import HostsConfig, SlurmConfig
-from hstu_dist.config import compose
+import pytest
+from omegaconf import OmegaConf
+from pydantic import TypeAdapter, ValidationError
+
+from hstu_dist.cluster import ClusterConfig, HostsConfig, SlurmConfig
+from hstu_dist.config import compose, load, save
 from hstu_dist.errors import UserError
 from hstu_dist.preflight import check_plan
 
@@ -25,6 +29,7 @@ from hstu_dist.preflight import check_plan
         ("slurm", "cluster.min_nodes=2", "cluster.min_nodes: got 2, expected at most the 1 machines"),
         ("hosts", "cluster.min_nodes=0", "cluster.min_nodes: "),
         ("slurm", "cluster.time_limit=soon", "cluster: time_limit: got 'soon', expected minutes or"),
+        ("slurm", "cluster.time_limit=90", "cluster.time_limit: got the number 90, expected text: "),
         ("slurm", "cluster.sbatch=[exclusive]", "cluster: sbatch: got 'exclusive', expected options such as"),
         ("slurm", "cluster.srun=[mpi]", "cluster: srun: got 'mpi', expected options such as"),
         ("slurm", "cluster.stop_seconds=0", "cluster.stop_seconds: "),
@@ -41,11 +46,23 @@ def test_bad_settings(cluster: str, override: str, expected: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limit", ["90", "2:00:00", "1-12", "1-12:30:00"])
-def test_time_limits_as_slurm_writes_them(limit: str) -> None:
+@pytest.mark.parametrize("limit", ['"90"', "2:00:00", "1-12", "1-12:30:00"])
+def test_time_limits_as_slurm_writes_them(limit: str, tmp_path: Path) -> None:
     config = compose(["name=x", "cluster=slurm", f"cluster.time_limit={limit}"])
     assert isinstance(config.cluster, SlurmConfig)
-    assert str(config.cluster.time_limit) == limit
+    assert config.cluster.time_limit == limit.strip('"')
+    # as the nodes read it
+    save(config, tmp_path / "launch.yaml")
+    assert load(tmp_path / "launch.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("written", "number"), [("4:00:00", 14400), ("4:00", 240), ("240", 240), ("4:00:00.5", 14400.5)]
+)
+def test_a_time_limit_that_yaml_reads_as_a_number_is_refused(written: str, number: float) -> None:
+    values = OmegaConf.to_container(OmegaConf.create(f"kind: slurm\ntime_limit: {written}"))
+    with pytest.raises(ValidationError, match=f"got the number {number}, expected text: "):
+        TypeAdapter(ClusterConfig).validate_python(values)
 
 
 def test_ranks_of_all_machines() -> None:
