@@ -19,7 +19,7 @@ from hstu_dist.config import RunConfig, load
 from hstu_dist.console import report
 from hstu_dist.errors import ExitCode, UserError
 from hstu_dist.run_folder import RunFolder
-from launch.local import run
+from launch.local import ended_by_request, run
 from launch.spec import LaunchSpec, Meeting, Program
 from launch.torchrun import agent_command, agent_environment
 
@@ -73,12 +73,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return ExitCode.BAD_INPUT
     # as the ranks find it: its settings may lie elsewhere, in the ConfigMap of a pod
     folder = RunFolder(config.run_dir)
-    return run(
+    code = run(
         agent_command(spec),
         agent_environment(spec),
         spec.max_restarts,
         lambda: folder.finished(config.trainer.last_epoch) is not None,
     )
+    by_hand = config.cluster.kind == "hosts" and config.cluster.start == "print"
+    if by_hand and (spec.meeting is None or spec.meeting.node == 0):
+        # no launch waits for these machines; left behind, the file would stop the same lines at once, for ever
+        code = ended_by_request(folder, code)
+        folder.stop_file.unlink(missing_ok=True)
+    return code
 
 
 def prepare(arguments: NodeArguments, variables: Mapping[str, str]) -> LaunchSpec:

@@ -101,6 +101,38 @@ def test_a_finished_run_is_found_by_pods_whose_settings_lie_elsewhere(
     assert asked == [False, True]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "start", "ended", "code", "stays"),
+    [
+        ("0", "print", ExitCode.FINISHED, ExitCode.STOPPED, False),
+        ("0", "print", ExitCode.FAILED, ExitCode.FAILED, False),
+        ("1", "print", ExitCode.FINISHED, ExitCode.FINISHED, True),
+        # the launch that waits for them still reads it
+        ("0", "ssh", ExitCode.FINISHED, ExitCode.FINISHED, True),
+    ],
+)
+def test_lines_given_by_hand_after_a_cancel_go_on(
+    place: str, start: str, ended: int, code: int, stays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts = ["cluster=hosts", "cluster.addresses=[localhost,other]", f"cluster.start={start}"]
+    config = compose(["name=x", f"output={tmp_path}", *hosts])
+    folder = RunFolder(config.run_dir)
+    save(config, folder.launch_file)
+
+    def stop(*_: object) -> int:
+        folder.stop_file.touch()
+        return ended
+
+    monkeypatch.setattr(node, "run", stop)
+    monkeypatch.setattr(node, "check_port_is_free", lambda port: None)
+    monkeypatch.setattr(node, "wait_for_host", lambda *_: None)
+    words = NodeArguments(
+        config_file=folder.launch_file, endpoint="localhost:29411", run_id="x", node=place, logs=folder.logs
+    ).words([])
+    assert main(words[2:]) == code and folder.stop_file.exists() == stays
+
+
 def test_a_port_in_use() -> None:
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
