@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,11 +85,12 @@ def _data(config: RunConfig) -> Finding:
 
 
 def _writable(folder: Path) -> Finding:
-    probe = folder / f".doctor-{os.getpid()}"
+    # process ids of containers are the same on all machines
+    probe = folder / f".doctor-{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"probe")
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"{folder}: cannot be written ({error.strerror})", "set output=FOLDER to a writable one, or mend its owner"
@@ -100,7 +102,7 @@ def _disk(folder: Path) -> Finding:
     """Rate of one process that writes to disk and reads back, through the cache where there is one."""
     if shutil.disk_usage(folder).free < 4 * _PROBE_BYTES:
         return warn("disk", "too little space to measure its rate", "free some space")
-    probe, block = folder / f".doctor-{os.getpid()}", os.urandom(1 << 20)
+    probe, block = folder / f".doctor-{uuid.uuid4().hex}", os.urandom(1 << 20)
     try:
         started = time.perf_counter()
         with probe.open("wb", buffering=0) as file:
