@@ -27,7 +27,13 @@ from hstu_dist.data.stream.config import FeedConfig, StreamConfig
 from hstu_dist.distributed.config import ITEM, EmbeddingConfig, TableShape
 from hstu_dist.errors import UserError
 from hstu_dist.files import write_atomically
-from hstu_dist.losses.config import LossConfig, MultiTaskConfig, RetrievalLossConfig
+from hstu_dist.losses.config import (
+    FullSoftmaxConfig,
+    LossConfig,
+    MultiTaskConfig,
+    RetrievalLossConfig,
+    SampledSoftmaxConfig,
+)
 from hstu_dist.models.config import DLRMConfig, EncoderConfig, ModelConfig, RankingConfig, RetrievalConfig, TaskConfig
 from hstu_dist.plan.config import PlanConfig
 from hstu_dist.plugins import PluginConfig, check_listed
@@ -166,6 +172,12 @@ class RunConfig:
                     f"optimizer.average_decay: got {self.optimizer.average_decay}, expected null: "
                     f"the {dtype} rows of table {name} are too short for an average"
                 )
+            averages = self.embedding.replicas > 1 or self.optimizer.average_decay is not None
+            if spec.config.compute_kernel == "fused_uvm_caching" and averages:
+                raise ValueError(
+                    f"embedding table {name}: got compute_kernel=fused_uvm_caching, expected fused or fused_uvm with "
+                    "embedding.replicas or optimizer.average_decay: averages are written to the table, not to its cache"
+                )
         self._check_vocabularies()
 
     def _check_vocabularies(self) -> None:
@@ -179,6 +191,16 @@ class RunConfig:
             raise ValueError(
                 f"optimizer.average_decay: got {self.optimizer.average_decay}, expected null with "
                 "embedding.vocabulary.kind=zch: rows change hands, and an average would mix their owners"
+            )
+        if kind == "zch" and isinstance(self.loss, FullSoftmaxConfig):
+            raise ValueError(
+                "loss: got full_softmax, expected sampled_softmax with embedding.vocabulary.kind=zch: "
+                "rows that no id has yet would count as items"
+            )
+        if kind == "zch" and isinstance(self.loss, SampledSoftmaxConfig) and self.loss.log_q_correction:
+            raise ValueError(
+                "loss.log_q_correction: got true, expected false with embedding.vocabulary.kind=zch: "
+                "the number of items that negatives are drawn from changes with every step"
             )
         if not isinstance(data, StreamConfig):
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from hstu_dist.actions import action_fields
@@ -161,9 +162,11 @@ def specs_of(config: RunConfig, num_items: int) -> dict[str, TableSpec]:
         UserError: a table has fewer rows than there are ids.
     """
     try:
-        return config.embedding.specs(table_shapes(config, num_items))
+        specs = config.embedding.specs(table_shapes(config, num_items))
     except ValueError as error:
         raise UserError(f"configuration: embedding.{error}", "correct it in YAML or as key=value") from error
+    averaged = config.optimizer.average_decay is not None
+    return {name: replace(spec, averaged=averaged) for name, spec in specs.items()}
 
 
 def memory_limit(config: RunConfig) -> int | None:

@@ -294,6 +294,25 @@ def test_a_bad_setting_is_one_line_that_names_it(override: str, expected: str) -
     assert "\n" not in str(caught.value) and caught.value.remedy
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["embedding.vocabulary.kind=zch", "loss=full_softmax"], "loss: got full_softmax, expected sampled_softmax"),
+        (["embedding.vocabulary.kind=zch", "loss.log_q_correction=true"], "loss.log_q_correction: got true, expected"),
+        (
+            ["embedding.compute_kernel=fused_uvm_caching", "embedding.replicas=2"],
+            "got compute_kernel=fused_uvm_caching",
+        ),
+        (["embedding.compute_kernel=fused_uvm_caching", "optimizer.average_decay=0.9"], "averages are written to the"),
+    ],
+)
+def test_settings_that_would_give_wrong_results_together(overrides: list[str], expected: str) -> None:
+    more = ["trainer.device=cuda"] if "fused_uvm_caching" in overrides[0] else ["embedding.vocabulary.rows=4096"]
+    with pytest.raises(UserError) as caught:
+        run_config(*overrides, *more)
+    assert expected in caught.value.problem
+
+
 @pytest.mark.parametrize("kind", ["hash", "zch"])
 def test_whole_sequences_are_predicted_among_items_with_rows_of_their_own(kind: str) -> None:
     with pytest.raises(UserError, match=r"vocabulary.kind: got \w+, expected static for task.split=record"):

@@ -10,10 +10,10 @@ from hstu_dist import preflight as preflight_module
 from hstu_dist.config import RunConfig, compose
 from hstu_dist.data.config import EventsConfig, prepare_command
 from hstu_dist.data.prepare import prepare
-from hstu_dist.distributed.config import ITEM, TableShape
+from hstu_dist.distributed.config import ITEM, TableShape, stored_width
 from hstu_dist.distributed.table_plan import configured_plan
 from hstu_dist.errors import UserError
-from hstu_dist.preflight import check_plan, preflight
+from hstu_dist.preflight import check_plan, preflight, specs_of
 from hstu_dist.run_folder import RunFolder
 from tests.tiny import NUM_ITEMS, tiny_overrides
 
@@ -71,6 +71,15 @@ def test_checkpoints_need_the_same_disk_space_at_any_world_size(
     for world_size in (1, 4):
         preflight(run(tmp_path, tiny_data, f"embedding={sharding}"), world_size)
     assert asked[0] == asked[1] > NUM_ITEMS * 8 * 4
+
+
+def test_an_average_needs_room_too(tiny_data: Path, tmp_path: Path) -> None:
+    plain, averaged = (
+        sum(configured_plan(specs, 1).bytes_per_rank(specs))
+        for settings in ([], ["optimizer.average_decay=0.9"])
+        for specs in [specs_of(run(tmp_path, tiny_data, *settings), 1000)]
+    )
+    assert averaged - plain == 1000 * stored_width(8) * 4
 
 
 def test_the_advised_number_of_ranks_is_the_smallest_that_fits(tiny_data: Path, tmp_path: Path) -> None:

@@ -59,6 +59,10 @@ class CheckpointManager:
             return []
         return sorted(step for entry in self.folder.iterdir() if (step := step_of(entry)) is not None)
 
+    def holds(self, step: int) -> bool:
+        """Whether there is a checkpoint of a step, as rank 0 sees it."""
+        return self._on_main(lambda: step in self.steps())
+
     def path(self, step: int) -> Path:
         """Folder of a step's checkpoint."""
         return self.folder / f"step-{step:08d}"

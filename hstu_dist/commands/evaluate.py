@@ -40,7 +40,7 @@ def evaluate_run(config: RunConfig, split: Split, say: Callable[[str], None]) ->
             raise UserError(f"run {config.run_dir}: got no checkpoint", "train it first with the same settings")
         state = TrainState()
         state.load_state_dict(loaded)
-        best = state.best_step if state.best_step in checkpoints.steps() else state.step
+        best = state.best_step if checkpoints.holds(state.best_step) else state.step
         if best != state.step:
             checkpoints.load(best, session.tensors())
         values = session.evaluate(split)

@@ -105,6 +105,7 @@ def job_of(config: RunConfig) -> Job:
         mean_length=length,
         parallel=config.trainer.parallel,
         micro_batches=config.trainer.micro_batches,
+        averaged=config.optimizer.average_decay is not None,
     )
     batching = config.trainer.batching
     if batching.budget is None:

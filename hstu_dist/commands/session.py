@@ -91,9 +91,8 @@ class ModelSession:
 
     def average_replicas(self) -> None:
         """Makes all sets of tables, their state and their averages alike, where groups of ranks hold one each."""
-        # vocabularies are one for all
-        held = {name: value for name, value in self.tensors().items() if not name.startswith(VOCABULARY)}
-        self.recommender.tables.group.average(held)
+        # vocabularies are one for all; to hand them out would also make them derive anew what they know
+        self.recommender.tables.group.average(self._learnt())
 
     def saved_tensors(self) -> dict[str, Any]:
         """As `tensors`, after `average_replicas`: what a checkpoint is made of."""
@@ -102,14 +101,16 @@ class ModelSession:
 
     def tensors(self) -> dict[str, Any]:
         """Every tensor of the run, plain or sharded, under one flat name each; views, not copies."""
+        vocabularies = self.recommender.tables.vocabulary_tensors()
+        return self._learnt() | {f"{VOCABULARY}{name}": value for name, value in vocabularies.items()}
+
+    def _learnt(self) -> dict[str, Any]:
         flat = _weights(self.recommender)
         if self.average is not None:
             flat |= {f"average.{name}": value for name, value in self.average.averages.items()}
         flat |= {f"optimizer.{name}": value for name, value in self.optimizers.state_tensors().items()}
         table_state = self.recommender.tables.optimizer.state_tensors()
-        flat |= {f"table_optimizer.{name}": value for name, value in table_state.items()}
-        vocabularies = self.recommender.tables.vocabulary_tensors()
-        return flat | {f"{VOCABULARY}{name}": value for name, value in vocabularies.items()}
+        return flat | {f"table_optimizer.{name}": value for name, value in table_state.items()}
 
 
 @dataclass(frozen=True)

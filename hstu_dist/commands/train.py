@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -33,6 +34,8 @@ from hstu_dist.train.metrics_log import MetricsLog
 from hstu_dist.train.state import TrainState
 from hstu_dist.train.throughput import training_averages
 from hstu_dist.train.trainer import Hook
+
+logger = logging.getLogger(__name__)
 
 
 def train(config: RunConfig, say: Callable[[str], None]) -> ExitCode:
@@ -131,8 +134,7 @@ def _test(session: Session, checkpoints: CheckpointManager, state: TrainState) -
         "stopped_early": state.stopped_early,
     }
     if trainer.validates:
-        checkpoints.load(state.best_step, session.tensors())
-        result |= {"best_epoch": state.best_epoch, "validation": {trainer.evaluation.monitor: state.best_value}}
+        result |= _load_best(session, checkpoints, state)
     result |= {
         "test": session.evaluate(Split.TEST),
         "popularity": session.evaluate_popularity(Split.TEST),
@@ -144,3 +146,18 @@ def _test(session: Session, checkpoints: CheckpointManager, state: TrainState) -
     if state.best_test:
         result["reference_protocol"] = {"best_epoch": state.best_test_epoch, "test": state.best_test}
     return result
+
+
+def _load_best(session: Session, checkpoints: CheckpointManager, state: TrainState) -> dict[str, Any]:
+    """Loads the best validated epoch, or the newest that there is: a full disk can have refused the best one."""
+    monitor = session.config.trainer.evaluation.monitor
+    if checkpoints.holds(state.best_step):
+        checkpoints.load(state.best_step, session.tensors())
+        return {"best_epoch": state.best_epoch, "validation": {monitor: state.best_value}}
+    newest = TrainState()
+    # without any checkpoint, the weights in hand
+    newest.load_state_dict(checkpoints.load_newest(session.tensors()) or state.state_dict())
+    if session.world.is_main:
+        why = f"epoch {state.best_epoch}, the best, has no checkpoint" if state.best_epoch else "no epoch was validated"
+        logger.warning("%s; what is tested is epoch %d, the newest one", why, newest.epoch)
+    return {"best_epoch": newest.epoch, "validation": {monitor: session.evaluate(Split.VALIDATION)[monitor]}}

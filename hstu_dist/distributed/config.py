@@ -295,11 +295,13 @@ class TableSpec:
         shape: rows and width.
         config: its settings.
         optimizer: of its rows; never null.
+        averaged: a moving average of the rows is kept beside them.
     """
 
     shape: TableShape
     config: TableConfig
     optimizer: TableOptimizerConfig
+    averaged: bool = False
 
     @property
     def stored_width(self) -> int:
@@ -318,8 +320,9 @@ class TableSpec:
         return rows * columns * ELEMENT_BYTES[self.config.dtype]
 
     def state_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of the optimizer state, in fp32, of a part of the table."""
-        return rows * 4 * self.optimizer.state_per_row(columns)
+        """Bytes of the optimizer state, in fp32, of a part of the table, and of the moving average of its rows."""
+        average = self.weight_bytes(rows, columns) if self.averaged else 0
+        return rows * 4 * self.optimizer.state_per_row(columns) + average
 
 
 _ANY = TableShape(1, 1)

@@ -59,8 +59,14 @@ class ParallelTower:
         return vectors
 
     def local(self, items_TD: Tensor, *rest: Any) -> Tensor:
-        """The same for evaluation: copies do not speak to each other."""
-        vectors: Tensor = self._local(items_TD.to(self._dtype), *rest)
+        """The same for evaluation: copies do not speak to each other, and a layer of the user's own drops nothing."""
+        training = [module for module in self._local.modules() if module.training]
+        self._local.eval()
+        try:
+            vectors: Tensor = self._local(items_TD.to(self._dtype), *rest)
+        finally:
+            for module in training:
+                module.training = True
         return vectors
 
     def exchanging(self, wanted: bool) -> AbstractContextManager[None]:

@@ -143,6 +143,9 @@ class RowKernel(BaseEmbedding, FusedOptimizerModule):  # type: ignore[misc]
     def flush(self) -> None:
         """There is no cache in front of the weights."""
 
+    def purge(self) -> None:
+        """Nor anything to forget in one."""
+
     def state_dict(
         self, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from hstu_dist.distributed.replicated_table import ReplicatedTable
 from hstu_dist.distributed.table_kernel import rounding_key
 from hstu_dist.distributed.table_optimizer import TableOptimizer, row_update
 from hstu_dist.distributed.table_plan import EmbeddingPlan
-from hstu_dist.distributed.torchrec_tables import sharded_tables
+from hstu_dist.distributed.torchrec_tables import forget_cached_rows, sharded_tables
 from hstu_dist.distributed.vocabulary import RowVocabulary, vocabulary_of
 from hstu_dist.errors import UserError
 from hstu_dist.ops.random import TokenNoise, fold
@@ -80,10 +80,15 @@ class EmbeddingTables(nn.Module):
         return {name: found[name][:, : self.specs[name].shape.width] for name in rows}
 
     def weights(self) -> dict[str, Any]:
-        """Weights by `collection.embeddings.<table>.weight`: ShardedTensors, and of copies plain tensors."""
+        """Weights by `collection.embeddings.<table>.weight`: ShardedTensors, and of copies plain tensors.
+
+        They are the memory itself: whoever has them may fill them, before the next look-up.
+        """
         found: dict[str, Any] = {}
         if self.sharded is not None:
+            # writes back what kernels have in a cache
             found = {_weight_name(name.split(".")[-2]): value for name, value in self.sharded.state_dict().items()}
+            forget_cached_rows(self.sharded)
         return found | {_weight_name(name): table.rows.weight for name, table in self._copies()}
 
     def vocabulary_tensors(self) -> dict[str, Any]:

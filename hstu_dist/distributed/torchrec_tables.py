@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec import EmbeddingCollection, KeyedJaggedTensor
 from torchrec.distributed.comm import get_local_size
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import placement
 from torchrec.distributed.types import (
@@ -121,6 +122,18 @@ def sharded_tables(
         # nothing dense is inside: a data-parallel wrapper would find no parameters
         init_data_parallel=False,
     )
+
+
+def forget_cached_rows(tables: nn.Module) -> None:
+    """Makes kernels that keep rows in a cache (`fused_uvm_caching`) read them from the table again.
+
+    Args:
+        tables: of `sharded_tables`; changes of cached rows that were not written back are lost.
+    """
+    for module in tables.modules():
+        if isinstance(module, ShardedEmbeddingCollection):
+            for lookup in module._lookups:
+                lookup.purge()
 
 
 def _parameter_sharding(table: TablePlan, place: Callable[[int], str]) -> ParameterSharding:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hstu_dist.distributed.config import ITEM, EmbeddingConfig, ParallelConfig, TableShape, TableSpec, stored_width
 from hstu_dist.losses.config import FullSoftmaxConfig, SampledSoftmaxConfig
@@ -25,6 +25,7 @@ class Job:
         global_batch_size: sequences of a step, over all ranks.
         mean_length: tokens of every sequence.
         parallel, micro_batches: as of the trainer.
+        averaged: a moving average of all weights is kept.
     """
 
     model: HSTUConfig | TransformerConfig
@@ -35,6 +36,7 @@ class Job:
     mean_length: int
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     micro_batches: int = 1
+    averaged: bool = False
 
     @property
     def negatives(self) -> int:
@@ -53,7 +55,8 @@ class Job:
         for name, table in self.embedding.tables.items():
             if table.rows is not None:
                 shapes[name] = TableShape(table.rows, table.width or self.model.width)
-        return self.embedding.specs(shapes)
+        specs = self.embedding.specs(shapes)
+        return {name: replace(spec, averaged=self.averaged) for name, spec in specs.items()}
 
     @property
     def tokens(self) -> int:

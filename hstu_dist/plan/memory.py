@@ -29,10 +29,10 @@ class Memory:
 
     Attributes:
         table: weights of its rows on the chip, those in a cache of host memory included.
-        table_optimizer: state of its rows on the chip.
+        table_optimizer: state of its rows on the chip, and their moving average where there is one.
         dense: parameters of the tower.
         gradients: of the tower.
-        dense_optimizer: AdamW's moments of the tower.
+        dense_optimizer: AdamW's moments of the tower, and its moving average where there is one.
         activations: what the tower keeps for its backward.
         lookups: ids, the rows they name, rows at unit length, the gradients of rows and of the tower's output.
         communication: rows that the all-to-all sends and receives, and their ids; the gradients of a table's copy.
@@ -80,7 +80,7 @@ def memory_of(job: Job, ranks: int) -> Memory:
         dense=own * _FLOAT,
         # parts of a step add up to a whole gradient
         gradients=(own if job.micro_batches == 1 else dense) * _FLOAT,
-        dense_optimizer=_ADAM_MOMENTS * own * _FLOAT,
+        dense_optimizer=(_ADAM_MOMENTS + job.averaged) * own * _FLOAT,
         activations=activation_bytes(job.model, tokens),
         # negatives as drawn, and their places among the rows
         lookups=kept + 2 * job.tokens_of(ranks) * job.negatives * _ID,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 
 _WARMUP = 10
 """The first average forgets the random start: step t averages over about t / 9 steps, until the decay is reached."""
+
+_EXCHANGED_ELEMENTS = 1 << 20
 
 
 class WeightAverage:
@@ -25,15 +27,18 @@ class WeightAverage:
         """Begins with the present values.
 
         Args:
-            weights: floating tensors, plain or sharded, that are updated in place.
+            weights: plain or sharded, updated in place, one tensor under several names allowed; those that are not
+                floating, such as masks, have no average.
             decay: share of the old average that a step keeps, in (0, 1).
         """
         self.decay = decay
-        self.averages: dict[str, Any] = {name: _copy(weight) for name, weight in weights.items()}
+        self.averages: dict[str, Any] = {
+            name: _copy(weight) for name, weight in weights.items() if weight.dtype.is_floating_point
+        }
         self._pairs = [
             pair
-            for name, weight in weights.items()
-            for pair in zip(_local(weight), _local(self.averages[name]), strict=True)
+            for name, average in self.averages.items()
+            for pair in zip(_local(weights[name]), _local(average), strict=True)
         ]
 
     @torch.no_grad()
@@ -46,18 +51,24 @@ class WeightAverage:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the weights are the averages."""
-        self._exchange()
+        _exchange(self._pairs)
         try:
             yield
         finally:
-            self._exchange()
+            # in the opposite order, which matters to a tensor of several names
+            _exchange(self._pairs[::-1])
 
-    @torch.no_grad()
-    def _exchange(self) -> None:
-        for weight, average in self._pairs:
-            held = weight.clone()
-            weight.copy_(average)
-            average.copy_(held)
+
+@torch.no_grad()
+def _exchange(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for weight, average in pairs:
+        # in parts: a table is too large for a third copy of it
+        rows = max(1, _EXCHANGED_ELEMENTS * weight.shape[0] // max(1, weight.numel())) if weight.dim() else 1
+        parts = zip(weight.split(rows), average.split(rows), strict=True) if weight.dim() else [(weight, average)]
+        for one, other in parts:
+            held = one.clone()
+            one.copy_(other)
+            other.copy_(held)
 
 
 def _local(value: Any) -> list[Tensor]:

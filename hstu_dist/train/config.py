@@ -43,7 +43,7 @@ class OptimizerConfig:
             consumed inside the backward and are not clipped.
         schedule: learning-rate factor over the run.
         average_decay: evaluate a moving average of all weights, tables included, of which every step keeps this share;
-            null: the weights themselves. Costs a copy of the weights.
+            null: the weights themselves. Costs a copy of the weights, and a pass over all of them in every step.
     """
 
     learning_rate: float = Field(default=1e-3, gt=0)

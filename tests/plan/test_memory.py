@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -60,6 +61,11 @@ def test_every_kind_of_table_is_what_preflight_counts(sharding: str, dtype: str)
     memory = memory_of(planned, 8)
     # whole tables lie where the last block of rows is smaller: a few bytes less than the fullest rank might have
     assert max(held) <= memory.table + memory.table_optimizer <= 1.0001 * max(held)
+
+
+def test_an_average_is_one_more_copy_of_all_weights() -> None:
+    plain, averaged = memory_of(with_table(), 8), memory_of(replace(with_table(), averaged=True), 8)
+    assert averaged.resident - plain.resident == plain.table + plain.dense
 
 
 def test_tables_of_host_memory_leave_the_chip_and_fill_the_node() -> None:

@@ -9,6 +9,7 @@ import torch
 
 from hstu_dist.data.split import Split
 from hstu_dist.distributed.process_group import process_group
+from hstu_dist.train import average as average_module
 from hstu_dist.train.average import WeightAverage
 from hstu_dist.train.state import TrainState
 from tests.distributed.cases import build, snapshot, tiny_config, trainer_of
@@ -40,6 +41,19 @@ def test_weights_come_back_also_after_an_error() -> None:
     with pytest.raises(KeyError):
         fails()
     assert weight.tolist() == [4, 4, 4] and average.averages["w"].tolist() == [2, 2, 2]
+
+
+def test_a_tensor_of_two_names_and_one_that_is_not_floating(monkeypatch: pytest.MonkeyPatch) -> None:
+    # more than one part, the last one shorter
+    monkeypatch.setattr(average_module, "_EXCHANGED_ELEMENTS", 4)
+    shared, mask, scale = torch.zeros(5, 2), torch.tensor([True, False]), torch.tensor(8.0)
+    average = WeightAverage({"first": shared, "second": shared, "mask": mask, "scale": scale}, decay=0.5)
+    shared.fill_(4)
+    average.update(1000)
+    with average.applied():
+        assert shared.tolist() == [[2, 2]] * 5 and mask.tolist() == [True, False] and scale == 8
+    assert shared.tolist() == [[4, 4]] * 5 and list(average.averages) == ["first", "second", "scale"]
+    assert average.averages["first"].tolist() == average.averages["second"].tolist() == [[2, 2]] * 5
 
 
 def evaluated(data: Path) -> tuple[dict[str, float], dict[str, float], bool]:

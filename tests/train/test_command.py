@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,14 @@ def test_a_run_ends_with_a_result_that_evaluation_confirms(tiny_data: Path, tmp_
         assert [metric, f"{value:.4f}"] in [line.split() for line in said]
     said, silent, _ = run_ranks(3, evaluate_tiny, tiny_data, tmp_path, Split.VALIDATION, *settings)
     assert ["ndcg@10", f"{best:.4f}"] in [line.split() for line in said] and not silent
+
+    # without the best epoch's checkpoint, which a full disk may have refused, the newest is tested and named
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000008")
+    (run_dir / "result.json").unlink()
+    run_ranks(2, train_tiny, tiny_data, tmp_path, *settings)
+    newest = json.loads((run_dir / "result.json").read_text())
+    assert newest["best_epoch"] == 3 and newest["validation"] == {"ndcg@10": validated[24]}
+    assert newest["test"] != result["test"]
 
 
 @pytest.mark.distributed
