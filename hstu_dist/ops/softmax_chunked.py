@@ -17,7 +17,7 @@ _CHUNK_ELEMENTS = 1 << 21
 
 _ROWS_ABOVE = 64
 """Candidates per negative of a position above which rows of negatives are gathered. Scores of all candidates take
-C / R times the arithmetic but no copies of rows: on a CPU both cost the same at a ratio of 30 (D = 64) to 80 (D = 256)."""
+C / R times the arithmetic but no copies of rows: on a CPU equally slow at ratios of 30 (D = 64) to 80 (D = 256)."""
 
 
 def loss_and_gradients(

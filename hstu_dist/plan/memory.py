@@ -20,7 +20,7 @@ _FLOAT, _ID = 4, 8
 _ADAM_MOMENTS = 2
 
 _SCORE_ELEMENTS, _SCORE_BLOCKS = 1 << 21, 4
-"""The chunked softmax takes a block of positions at a time, at least one: scores of all items or rows of its negatives."""
+"""The chunked softmax takes a block of positions at a time, at least one: scores of all items, or rows of negatives."""
 
 
 @dataclass(frozen=True, kw_only=True)
