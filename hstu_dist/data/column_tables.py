@@ -129,7 +129,8 @@ def _copy_csv(file: LogFile, names: list[str], copy: Path) -> None:
 def _errors_of(file: LogFile) -> Iterator[None]:
     try:
         yield
-    except (OSError, pa.ArrowException) as error:
+    # names of columns are decoded by Python
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         if is_disk_full(error):
             raise
         raise UserError(

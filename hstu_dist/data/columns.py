@@ -60,8 +60,8 @@ class Column:
 
     def reject(self, row: int, expected: str, remedy: str) -> NoReturn:
         """Raise the UserError that shows one value."""
-        got = self.values[row].as_py()
-        raise UserError(f"{self.locate(row)}: column '{self.name}': got {got!r}, expected {expected}", remedy)
+        got = _shown(self.values[row])
+        raise UserError(f"{self.locate(row)}: column '{self.name}': got {got}, expected {expected}", remedy)
 
     def reject_any(self, bad: Any, expected: str, remedy: str) -> None:
         """Raise for the first true value of a mask, if there is one."""
@@ -124,8 +124,7 @@ def packed_actions(columns: Sequence[Column], fields: Sequence[ActionField]) -> 
 
 def reading_of(values: pa.ChunkedArray) -> Reading:
     """What all texts of a piece of a column can be read as; anything if there are none."""
-    if pa.types.is_dictionary(values.type):
-        values = values.cast(values.type.value_type)
+    values = _plain(values)
     reading = Reading.TEXT
     if pc.all(pc.match_substring_regex(values, INTEGER_TEXT)).as_py() in (True, None):
         reading |= Reading.INTEGERS
@@ -155,6 +154,7 @@ def reject_times(column: Column, first: pa.Scalar) -> None:
     """
     expected, remedy = "a number or a date such as 2024-01-31 12:00:00", "correct or drop such rows"
     column = _without_nulls(column)
+    first = first.cast(pa.large_string())
     if pc.match_substring_regex(first, NUMBER_TEXT).as_py():
         column.reject_any(pc.invert(pc.match_substring_regex(column.values, NUMBER_TEXT)), expected, remedy)
         return
@@ -195,12 +195,25 @@ def times_of(column: Column, unit: TimestampUnit) -> tuple[npt.NDArray[Any], int
     return times, per_second
 
 
-def _without_nulls(column: Column) -> Column:
-    values = column.values
+def _shown(value: pa.Scalar) -> str:
+    try:
+        return repr(value.as_py())
+    except UnicodeDecodeError:
+        return repr(value.as_buffer().to_pybytes())
+    except (ValueError, OverflowError):
+        # Python's dates have no nanoseconds, and no years beyond 9999
+        return f"{value.value} as {value.type}"
+
+
+def _plain(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Texts of any layout in the one that every function of Arrow takes."""
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
-    if pa.types.is_string(values.type) or pa.types.is_string_view(values.type):
-        values = values.cast(pa.large_string())
+    return values.cast(pa.large_string()) if is_text(values.type) else values
+
+
+def _without_nulls(column: Column) -> Column:
+    values = _plain(column.values)
     column.reject_any(pc.is_null(values, nan_is_null=True), "a value", "fill or drop such rows")
     return replace(column, values=values)
 

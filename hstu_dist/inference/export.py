@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,8 @@ from hstu_dist.inference.dense import DenseTower
 from hstu_dist.models.tower import Tower
 
 EXPORTED, COMPILED, ITEMS, DESCRIPTION = "exported.pt2", "compiled.pt2", "items.safetensors", "model.json"
+_FILES = (EXPORTED, COMPILED, ITEMS, DESCRIPTION)
+_UNFINISHED = ".unfinished"
 
 _INPUTS = {
     "history": "[B, N, D] float32, rows of item_table.weight, oldest event first, padded with zeros",
@@ -90,10 +91,10 @@ def _example(width: int, bounds: Bounds) -> tuple[Tensor, ...]:
 def write_package(
     folder: Path, program: ExportedProgram, table_VD: Tensor, description: Mapping[str, Any], compile_it: bool
 ) -> None:
-    """Writes a folder that appears whole or not at all.
+    """Writes a folder; a new one appears whole or not at all, in one that is there `model.json` comes last.
 
     Args:
-        folder: new, or a package of an earlier export, which is replaced.
+        folder: new, empty, or a package of an earlier export, which is replaced when all of the new one is written.
         program: of `exported`.
         table_VD: item vectors.
         description: of the model, for `model.json`.
@@ -102,10 +103,12 @@ def write_package(
     Raises:
         UserError: the folder holds something else, or there is no compiler.
     """
-    if folder.exists() and not (folder / DESCRIPTION).exists():
-        raise UserError(f"{folder}: is there and no exported model", "set output to a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    _check_replaceable(folder)
+    # a folder that is there may be mounted: it cannot be renamed, and nothing may be writable beside it
+    is_new = not folder.exists()
+    unfinished = folder.parent / f".{folder.name}{_UNFINISHED}" if is_new else folder / _UNFINISHED
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
     try:
         torch.export.save(program, unfinished / EXPORTED)
         if compile_it:
@@ -113,16 +116,31 @@ def write_package(
         write_safetensors(unfinished / ITEMS, {"item_table.weight": table_VD})
         content = {**description, "inputs": _INPUTS, "outputs": _OUTPUTS, "torch": torch.__version__}
         (unfinished / DESCRIPTION).write_text(json.dumps(content, indent=1) + "\n")
-        unfinished.chmod(0o755)
-        if folder.exists():
-            former = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-            os.replace(folder, former / "former")
+        if is_new:
             os.replace(unfinished, folder)
-            shutil.rmtree(former)
         else:
-            os.replace(unfinished, folder)
+            _move_package(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Only an empty folder or a package may be replaced: a mistyped path must not cost anyone their files."""
+    if not folder.exists():
+        return
+    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else {"a file"}
+    foreign = sorted(names - {*_FILES, _UNFINISHED})
+    if foreign:
+        raise UserError(f"{folder}: holds {foreign[0]}, which no export writes", "set output to a new or empty folder")
+
+
+def _move_package(source: Path, target: Path) -> None:
+    # what has no description is no package: files of two exports lie side by side meanwhile
+    for name in reversed(_FILES):
+        (target / name).unlink(missing_ok=True)
+    for name in _FILES:
+        if (source / name).exists():
+            os.replace(source / name, target / name)
 
 
 def _compile(program: ExportedProgram, path: Path) -> None:

@@ -112,10 +112,6 @@ class Job:
         copied = self.embedding.sharding == "data_parallel"
         return self.num_items * (self.stored_width + 1) * _FLOAT if copied else 0
 
-    def all_pairs_flops(self, ranks: int) -> int:
-        """Training FLOPs of scores between every position and every row that the fullest rank looks up."""
-        return 3 * 2 * self.tokens_of(ranks) * self.ids_of(ranks) * self.model.width
-
     def flops(self, sequences: int) -> FlopCount:
         """FLOPs of a forward pass over so many sequences."""
         work = encoder_work(self.model, [self.mean_length] * sequences)

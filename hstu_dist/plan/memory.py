@@ -20,7 +20,7 @@ _FLOAT, _ID = 4, 8
 _ADAM_MOMENTS = 2
 
 _SCORE_ELEMENTS, _SCORE_BLOCKS = 1 << 21, 4
-"""The chunked softmax scores a block of positions at a time: at least one position, against all rows looked up."""
+"""The chunked softmax takes a block of positions at a time, at least one: scores of all items, or rows of negatives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def memory_of(job: Job, ranks: int) -> Memory:
     tokens, ids, width = job.part_tokens_of(ranks), job.ids_of(ranks), job.model.width
     row_bytes = job.stored_width * _FLOAT
     kept = ids * (_ID + row_bytes + 2 * width * _FLOAT) + tokens * 3 * width * _FLOAT
-    scores = _SCORE_BLOCKS * _FLOAT * max(_SCORE_ELEMENTS, ids)
+    scores = _SCORE_BLOCKS * _FLOAT * max(_SCORE_ELEMENTS, job.negatives * width or ids)
     own_ids = ids * (row_bytes + _ID)
     communication = job.copied_gradient_bytes() or own_ids + job.answered_bytes(ranks, passes=1)
     return Memory(

@@ -78,12 +78,6 @@ class Plan:
         found += _about_tables(job)
         if job.global_batch_size < ranks:
             found.append(f"{ranks - job.global_batch_size} ranks have no sequence: raise trainer.global_batch_size")
-        if job.negatives:
-            more = job.all_pairs_flops(ranks) / job.flops(job.sequences_of(ranks)).training
-            found.append(
-                f"a position is scored {job.negatives + 1} times, as the loss needs; on GPUs the chunked softmax "
-                f"scores it against all rows looked up, {more:.2g} times the FLOPs of the whole step on top"
-            )
         return found
 
     def gpu_days(self, seconds: float) -> float | None:

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from hstu_dist.__main__ import main
 from hstu_dist.commands.trained import load_trained, run_of
+from hstu_dist.errors import UserError
 from hstu_dist.inference.config import ModelUse
 from hstu_dist.inference.dense import DenseTower
-from hstu_dist.inference.export import Bounds, exported
+from hstu_dist.inference.export import Bounds, exported, write_package
 from hstu_dist.inference.mfalcon import Scorer
 from hstu_dist.inference.requests import Requests
 from hstu_dist.models.tower import Tower
@@ -154,7 +156,41 @@ def test_what_cannot_be_exported_leaves_nothing(tiny_run: Path, tmp_path: Path, 
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "precious").touch()
     assert main(["export", str(tiny_run), f"output={tmp_path / 'taken'}", "compile=false"]) == 2
-    assert "is there and no exported model" in capsys.readouterr().err
+    assert "taken: holds precious, which no export writes" in capsys.readouterr().err
     assert main(["export", str(tmp_path), f"output={tmp_path / 'new'}"]) == 2
     assert "got no config.yaml" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["taken"]
+
+
+@pytest.fixture(scope="module")
+def program() -> ExportedProgram:
+    return torch.export.export(torch.nn.ReLU(), (torch.ones(2),))
+
+
+FILES = ["exported.pt2", "items.safetensors", "model.json"]
+
+
+@pytest.mark.parametrize("former", [[], [*FILES, "compiled.pt2"], ["exported.pt2", ".unfinished/model.json"]], ids=str)
+def test_a_folder_that_may_be_mounted_is_filled_where_it_is(
+    former: list[str], program: ExportedProgram, tmp_path: Path
+) -> None:
+    folder = tmp_path / "package"
+    (folder / ".unfinished").mkdir(parents=True)
+    for name in former:
+        (folder / name).write_text("former")
+    place = folder.stat().st_ino
+    with pytest.raises(TypeError):
+        write_package(folder, program, torch.ones(2, 3), {"no JSON": object()}, compile_it=False)
+    assert {name for name in former if "/" not in name} == {path.name for path in folder.iterdir()}
+    write_package(folder, program, torch.ones(2, 3), {"step": 7}, compile_it=False)
+    assert sorted(path.name for path in folder.iterdir()) == FILES and folder.stat().st_ino == place
+    assert json.loads((folder / "model.json").read_text())["step"] == 7
+    assert [path.name for path in tmp_path.iterdir()] == ["package"]
+
+
+def test_a_folder_with_more_than_a_package_is_left_alone(program: ExportedProgram, tmp_path: Path) -> None:
+    for name in (*FILES, "precious"):
+        (tmp_path / name).write_text("former")
+    with pytest.raises(UserError, match="holds precious, which no export writes"):
+        write_package(tmp_path, program, torch.ones(2, 3), {}, compile_it=False)
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"former"}

@@ -19,10 +19,18 @@ FACTOR = 1.7
 """Gradient of what the loss is part of."""
 
 SPEC = SoftmaxSpec(temperature=0.07)
-BACKENDS = [
-    SoftmaxBackend.CHUNKED,
-    *([SoftmaxBackend.NATIVE] if backends.fastest_softmax(torch.device("cpu")) is SoftmaxBackend.NATIVE else []),
-]
+HAS_NATIVE = backends.fastest_softmax(torch.device("cpu")) is SoftmaxBackend.NATIVE
+ROWS, PRODUCTS = 0, 1 << 30
+"""Ratios that make chunks gather the rows of negatives always or never."""
+
+
+@pytest.fixture(params=["rows", "products", *(["native"] if HAS_NATIVE else [])])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> SoftmaxBackend:
+    """Every fast backend, the chunked one in both of its ways."""
+    if request.param == "native":
+        return SoftmaxBackend.NATIVE
+    monkeypatch.setattr(softmax_chunked, "_ROWS_ABOVE", ROWS if request.param == "rows" else PRODUCTS)
+    return SoftmaxBackend.CHUNKED
 
 
 @dataclass(frozen=True)
@@ -86,9 +94,13 @@ def _chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(softmax_chunked, "_CHUNK_ELEMENTS", request.param)
 
 
+@pytest.mark.parametrize("ratio", [ROWS, PRODUCTS])
 @pytest.mark.usefixtures("_chunk")
 @pytest.mark.parametrize("case", CASES[::6], ids=str)
-def test_chunks_equal_the_whole(case: tuple[int, int, int | None, int]) -> None:
+def test_chunks_equal_the_whole(
+    case: tuple[int, int, int | None, int], ratio: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(softmax_chunked, "_ROWS_ABOVE", ratio)
     p = problem(*case)
     assert_as_exact_as_eager(p, p.run(SoftmaxBackend.CHUNKED, torch.float64), torch.float64)
 
@@ -96,7 +108,6 @@ def test_chunks_equal_the_whole(case: tuple[int, int, int | None, int]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend_is_as_exact_as_eager(
     backend: SoftmaxBackend, case: tuple[int, int, int | None, int], dtype: torch.dtype
 ) -> None:
@@ -104,10 +115,17 @@ def test_every_backend_is_as_exact_as_eager(
     assert_as_exact_as_eager(p, p.run(backend, dtype), dtype)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision(backend: SoftmaxBackend) -> None:
     p = problem(64, 65, 7, 50)
     assert_as_exact_as_eager(p, p.run(backend, torch.bfloat16), torch.bfloat16)
+
+
+def test_own_rows_are_gathered_where_candidates_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem(63, 65 * 7, 7, 50)
+    monkeypatch.delattr(softmax_chunked, "_by_products")
+    assert_as_exact_as_eager(p, p.run(SoftmaxBackend.CHUNKED, torch.float32), torch.float32)
+    with pytest.raises(NameError):
+        problem(63, 64 * 7, 7, 50).run(SoftmaxBackend.CHUNKED, torch.float32)
 
 
 @pytest.mark.parametrize("negatives", [None, 5])
@@ -132,7 +150,6 @@ def test_the_reference_is_the_formula() -> None:
 
 @pytest.mark.parametrize("correction", [-3.0, 0.4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_correction_of_negatives(backend: SoftmaxBackend, dtype: torch.dtype, correction: float) -> None:
     p = problem(65, 30, 20, 50, SoftmaxSpec(temperature=0.2, log_expected_count=correction))
     assert_as_exact_as_eager(p, p.run(backend, dtype), dtype)
@@ -140,7 +157,6 @@ def test_correction_of_negatives(backend: SoftmaxBackend, dtype: torch.dtype, co
 
 @pytest.mark.parametrize("negatives", [None, 12])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_scores_beyond_the_mask(backend: SoftmaxBackend, dtype: torch.dtype, negatives: int | None) -> None:
     # scores far below -5e4: what is masked wins, and passes no gradient on
     p = problem(65, 30, negatives, 9, SoftmaxSpec(temperature=1e-5))
@@ -148,7 +164,6 @@ def test_scores_beyond_the_mask(backend: SoftmaxBackend, dtype: torch.dtype, neg
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_negative_equal_to_the_positive_does_not_count(backend: SoftmaxBackend, dtype: torch.dtype) -> None:
     p = problem(5, 9, 4, 6)
     assert p.negative is not None
@@ -163,7 +178,6 @@ def test_a_negative_equal_to_the_positive_does_not_count(backend: SoftmaxBackend
 
 @pytest.mark.parametrize("negatives", [None, 7])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_query_that_is_no_number_shows_in_the_loss(
     backend: SoftmaxBackend, value: float, negatives: int | None
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import zlib
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -131,7 +132,7 @@ def _parse(path: str, content: bytes, names: list[str]) -> tuple[pa.Table, bool]
     is_csv = not path.lower().endswith(PARQUET_SUFFIXES)
     try:
         return (_parse_csv(path, content, names) if is_csv else _parse_parquet(content, names)), is_csv
-    except (OSError, EOFError, pa.ArrowException) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, pa.ArrowException) as error:
         raise UserError(f"cannot be read ({first_line(error)})") from error
 
 

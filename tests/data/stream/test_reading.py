@@ -49,6 +49,7 @@ CSV = b"user_id,item_id,timestamp,action\n3,5,%d,1\n1,6,%d,0\n3,7,%d,2\n" % (STA
         ("b/A.CSV.GZ", gzip.compress(CSV, mtime=0)),
         ("a.tsv", CSV.replace(b",", b"\t")),
         ("a.parquet", parquet(new_column=["x", "y", "z"])),
+        ("a.parquet", parquet(timestamp=pa.array([str(s) for s in GOOD["timestamp"]], pa.string_view()))),
         ("a.parquet", parquet(timestamp=pa.array([s * 1000 for s in GOOD["timestamp"]], pa.timestamp("ms")))),
     ],
 )
@@ -72,6 +73,9 @@ BAD: list[tuple[str, bytes, str]] = [
     ("a.parquet", damaged(), "cannot be read"),
     ("a.csv.gz", CSV, "cannot be read"),
     ("a.csv.gz", gzip.compress(CSV, mtime=0)[:-9], "cannot be read"),
+    # after the header, a block of the type that deflate has not
+    ("a.csv.gz", gzip.compress(CSV, mtime=0)[:10] + b"\xff" * 9, "cannot be read .*invalid block type"),
+    ("a.parquet", parquet().replace(b"user_id", b"\xffser_id"), "cannot be read .*codec can't decode"),
     ("a.csv", CSV + b"1,2\n", "cannot be read"),
     ("a.parquet", parquet(item_id=None), "column 'item_id' is missing, the file has user_id, timestamp, action"),
     ("a.csv", CSV.replace(b"action", b"item_id"), "column 'item_id' is there more than once"),
@@ -82,6 +86,9 @@ BAD: list[tuple[str, bytes, str]] = [
     ("a.parquet", parquet(timestamp=[START, -1, START]), "row 2: column 'timestamp': got -1"),
     ("a.parquet", parquet(timestamp=[START, START + 10**6, START]), "row 2: .* s ahead of this machine's clock"),
     ("a.parquet", parquet(timestamp=[START * 1000] * 3), "ahead of this machine's clock"),
+    ("a.parquet", parquet(timestamp=pa.array([1, -1, 1], pa.timestamp("ns"))), r"got -1 as timestamp\[ns\]"),
+    ("a.parquet", parquet(timestamp=pa.array([10**13] * 3, pa.timestamp("s"))), r"got 10{16} as .*'s clock"),
+    ("a.parquet", parquet(timestamp=pa.array(["soon"] * 3, pa.string_view())), "'timestamp': got type large_string"),
     ("a.parquet", parquet(action=[0, -3, 0]), r"row 2: column 'action': got -3"),
     ("a.parquet", parquet(user_id=[[1], [2], [3]]), "column 'user_id': got type"),
     ("a.parquet", parquet(user_id=["x", "y", "z"]), "column 'user_id' has text, expected integers as in earlier files"),
