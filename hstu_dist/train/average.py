@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+from torch.distributed.tensor import DTensor
 
 _WARMUP = 10
 """The first average forgets the random start: step t averages over about t / 9 steps, until the decay is reached."""
@@ -75,6 +76,9 @@ def _local(value: Any) -> list[Tensor]:
     """What this rank holds of a tensor; the memory itself, no copy."""
     if isinstance(value, ShardedTensor):
         return [shard.tensor for shard in value.local_shards()]
+    if isinstance(value, DTensor):
+        # a slice of a DTensor can be a copy
+        return [value.detach().to_local()]
     return [value.detach()]
 
 
