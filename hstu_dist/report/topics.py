@@ -32,8 +32,8 @@ TOPICS: Mapping[str, Topic] = {
         "but the history that the model sees. *validation-chosen* holds out a validation event, picks the best epoch "
         "by it and reads the test split once; *refit* then trains that many epochs on the validation events too. "
         "Published figures are of the reference protocol: trained on all but the test event, the best of all readings "
-        "of the test split. *hstu_no_bias* is HSTU without its relative bias; *best* is our own recipe for a model of "
-        "HSTU-large's size, beside which HSTU-large's published figures stand.",
+        "of the test split. *best* is our own recipe for a model of HSTU-large's size, beside which HSTU-large's "
+        "published figures stand.",
         metrics=("hr@10", "ndcg@10", "hr@50", "hr@200"),
         contenders=("validation-chosen", "refit", "published"),
     ),
