@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from hstu_dist.data.split import Split
 from hstu_dist.distributed.process_group import process_group
@@ -54,6 +56,25 @@ def test_a_tensor_of_two_names_and_one_that_is_not_floating(monkeypatch: pytest.
         assert shared.tolist() == [[2, 2]] * 5 and mask.tolist() == [True, False] and scale == 8
     assert shared.tolist() == [[4, 4]] * 5 and list(average.averages) == ["first", "second", "scale"]
     assert average.averages["first"].tolist() == average.averages["second"].tolist() == [[2, 2]] * 5
+
+
+def exchanged() -> tuple[list[list[float]], list[list[float]]]:
+    """What a rank holds of a split weight, in more than one part, while its average is applied and afterwards."""
+    average_module._EXCHANGED_ELEMENTS = 4
+    with process_group("cpu", 60):
+        weight = distribute_tensor(torch.zeros(7, 2), init_device_mesh("cpu", (2,)), [Shard(0)])
+        average = WeightAverage({"w": weight}, decay=0.5)
+        weight.to_local().fill_(4)
+        average.update(1000)
+        with average.applied():
+            inside = weight.to_local().tolist()
+        return inside, weight.to_local().tolist()
+
+
+@pytest.mark.distributed
+def test_a_split_weight_is_exchanged_where_it_lies() -> None:
+    for rank, (inside, afterwards) in enumerate(run_ranks(2, exchanged)):
+        assert inside == [[2, 2]] * (4 - rank) and afterwards == [[4, 4]] * (4 - rank)
 
 
 def evaluated(data: Path) -> tuple[dict[str, float], dict[str, float], bool]:
