@@ -78,7 +78,7 @@ def _local(value: Any) -> list[Tensor]:
         return [shard.tensor for shard in value.local_shards()]
     if isinstance(value, DTensor):
         # a slice of a DTensor can be a copy
-        return [value.detach().to_local()]
+        return [value.to_local().detach()]
     return [value.detach()]
 
 
