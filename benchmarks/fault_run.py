@@ -34,10 +34,18 @@ BATCH = 32
 MAX_LENGTH = 16
 _POLL_SECONDS = 0.02
 _DEADLINE_SECONDS = 150.0
+_DATA: dict[str, Any] = {
+    "max_length": MAX_LENGTH,
+    "num_users": USERS,
+    "num_items": 60,
+    "item_exponent": 0.5,
+    "min_events": 6,
+    "max_events": 20,
+}
 RUN = (
     f"name={NAME}",
     "data=synthetic_zipf",
-    f"data.max_length={MAX_LENGTH}",
+    *(f"data.{name}={value}" for name, value in _DATA.items()),
     "model.width=8",
     "loss.num_negatives=8",
     f"trainer.epochs={EPOCHS}",
@@ -273,17 +281,7 @@ def trained_once(run: FaultyRun, left_out: Sequence[int] = ()) -> str:
 def prepared_data(folder: Path) -> Path:
     """A small data set in `folder`, prepared once."""
     path = folder / "data"
-    prepare(
-        SyntheticZipfConfig(
-            path=str(path),
-            max_length=MAX_LENGTH,
-            num_users=USERS,
-            num_items=60,
-            item_exponent=0.5,
-            min_events=6,
-            max_events=20,
-        )
-    )
+    prepare(SyntheticZipfConfig(path=str(path), **_DATA))
     return path
 
 

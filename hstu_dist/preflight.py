@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hstu_dist.actions import action_fields
 from hstu_dist.config import RunConfig
-from hstu_dist.data.config import prepare_command
+from hstu_dist.data.config import DataSetConfig, is_made_here, prepare_command, recipe_of
 from hstu_dist.data.contextual import check_contextual
 from hstu_dist.data.schema import Manifest, load_manifest
 from hstu_dist.data.stream.config import StreamConfig
@@ -68,10 +68,12 @@ def _prepared(config: RunConfig) -> Manifest:
     """The manifest of a data set that can serve the run's task.
 
     Raises:
-        UserError: it is not prepared, lacks what is ranked by, or all of its sequences are too short.
+        UserError: it is not prepared, was prepared with other settings, lacks what is ranked by, or all of its
+            sequences are too short.
     """
     data = config.prepared
     manifest = load_manifest(Path(data.path), prepare_command(data))
+    check_recipe(data, manifest)
     if isinstance(config.task, RankingConfig):
         check_ranking(config.task, config.loss, manifest)
     elif config.task.split == "leave_one_out" and manifest.max_length < _LEAST_EVENTS:
@@ -81,6 +83,24 @@ def _prepared(config: RunConfig) -> Manifest:
             "prepare a data set with more events per user",
         )
     return manifest
+
+
+def check_recipe(data: DataSetConfig, manifest: Manifest) -> None:
+    """Whether a data set was prepared with the settings that name it.
+
+    Raises:
+        UserError: names the first that differs.
+    """
+    if not is_made_here(data):
+        return
+    for name, value in recipe_of(data).items():
+        # a setting that a later version added is not in an older manifest
+        made_with = manifest.recipe.get(name, value)
+        if made_with != value:
+            raise UserError(
+                f"data.{name}: got {value}, but the data set {data.path} was prepared with {made_with}",
+                "prepare it again with this setting, use another data.path, or give the setting that it has",
+            )
 
 
 def table_shapes(config: RunConfig, num_items: int) -> dict[str, TableShape]:

@@ -8,8 +8,9 @@ import pytest
 
 from hstu_dist import preflight as preflight_module
 from hstu_dist.config import RunConfig, compose
-from hstu_dist.data.config import EventsConfig, prepare_command
+from hstu_dist.data.config import EventsConfig, SyntheticZipfConfig, prepare_command
 from hstu_dist.data.prepare import prepare
+from hstu_dist.data.schema import load_manifest
 from hstu_dist.distributed.config import ITEM, TableShape, stored_width
 from hstu_dist.distributed.table_plan import configured_plan
 from hstu_dist.errors import UserError
@@ -53,6 +54,32 @@ def test_missing_data_names_the_command_that_makes_it(override: str, words: str)
     with pytest.raises(UserError) as caught:
         preflight(config, world_size=1)
     assert str(caught.value) == f"nowhere: no prepared data set here -> run `python -m hstu_dist prepare {words}`"
+
+
+def test_data_prepared_with_other_settings_is_refused(tmp_path: Path) -> None:
+    made = SyntheticZipfConfig(path=str(tmp_path / "data"), num_users=20, num_items=30, max_events=9)
+    prepare(made)
+    settings = [f"data.{name}={getattr(made, name)}" for name in ("num_users", "num_items", "max_events", "path")]
+    synthetic = ["data=synthetic_zipf", "name=x", f"output={tmp_path / 'runs'}"]
+    # how it is read is no part of it
+    fitting = compose([*synthetic, *settings, "data.max_length=5"])
+    assert preflight(fitting, world_size=1) == load_manifest(tmp_path / "data")
+    with pytest.raises(UserError) as caught:
+        preflight(compose([*synthetic, *settings, "data.num_items=40"]), world_size=1)
+    assert str(caught.value) == (
+        f"data.num_items: got 40, but the data set {tmp_path}/data was prepared with 30 -> prepare it again with this "
+        "setting, use another data.path, or give the setting that it has"
+    )
+
+
+def test_a_prepared_log_needs_no_word_of_how_it_was_made(tmp_path: Path) -> None:
+    log = tmp_path / "events.csv"
+    lines = [f"{user},{item},{100 + item}" for user in range(3) for item in range(5)]
+    log.write_text("\n".join(["user_id,item_id,timestamp", *lines, ""]))
+    prepare(EventsConfig(input=str(log), path=str(tmp_path / "data"), min_user_events=2))
+    assert preflight(run(tmp_path, tmp_path / "data"), world_size=1)
+    with pytest.raises(UserError, match=r"data\.min_user_events: got 1, .* was prepared with 2"):
+        preflight(run(tmp_path, tmp_path / "data", f"data.input={log}"), world_size=1)
 
 
 def test_the_usual_folder_goes_without_saying() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import json
+from dataclasses import asdict
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -15,6 +16,11 @@ from hstu_dist.data.record_split import RecordSplit
 from hstu_dist.data.split import Moments, Split
 from hstu_dist.plugins import PluginConfig
 from hstu_dist.validation import STRICT
+
+# settings that say where things are and how they are read, not what is in the data set
+_NOT_CONTENT = {"kind", "path", "max_length", "window", "stochastic_length", "input", "archive", "source"}
+# what the manifest says in fields of its own
+_APART = {"action_columns", "user_features", "contextual_columns"}
 
 
 class TimestampUnit(StrEnum):
@@ -383,12 +389,24 @@ def prepare_command(config: DataSetConfig) -> str:
         words += [f"data.target={config.target}", f"plugins=[{config.target.partition(':')[0]}]"]
         words += ["data.settings=SETTINGS"] if config.settings else []
     words += [f"data.path={config.path}"] if config.path != _default_path(config.kind) else []
-    if isinstance(config, AppendixCConfig):
-        # its settings are all there is of it; those of every data set only say how it is read
-        read, usual = {field.name for field in fields(_SequencesConfig)}, AppendixCConfig()
-        made = {name: value for name, value in vars(config).items() if name not in read}
-        words += [f"data.{name}={value}" for name, value in made.items() if value != getattr(usual, name)]
+    if isinstance(config, AppendixCConfig | SyntheticZipfConfig):
+        # its settings are all there is of it
+        usual = recipe_of(type(config)())
+        words += [f"data.{name}={value}" for name, value in recipe_of(config).items() if value != usual[name]]
     return " ".join(words)
+
+
+def recipe_of(config: DataSetConfig) -> dict[str, Any]:
+    """The settings that shape a data set, as its manifest has them; not what only says how it is found and read."""
+    recipe = {name: value for name, value in asdict(config).items() if name not in _NOT_CONTENT | _APART}
+    if isinstance(config, PluginDataConfig):
+        recipe["settings"] = json.dumps(config.settings, sort_keys=True)
+    return recipe
+
+
+def is_made_here(config: DataSetConfig) -> bool:
+    """Whether `prepare` could make the data set of a configuration; otherwise it only names a prepared one."""
+    return not isinstance(config, EventsConfig) or config.input is not None
 
 
 def _default_path(kind: str) -> str:

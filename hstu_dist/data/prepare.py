@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Iterable, Iterator
@@ -23,6 +22,7 @@ from hstu_dist.data.config import (
     PluginDataConfig,
     PreparationConfig,
     SyntheticZipfConfig,
+    recipe_of,
 )
 from hstu_dist.data.engine import Engine
 from hstu_dist.data.events import EventLog, Origin
@@ -48,11 +48,6 @@ from hstu_dist.data.writer import exclusive, link, os_errors_of, replacing
 from hstu_dist.errors import UserError
 from hstu_dist.files import write_atomically
 from hstu_dist.machine import memory_per_rank
-
-# settings that say where things are and how they are read, not what is in the data set
-_NOT_CONTENT = {"kind", "path", "max_length", "window", "stochastic_length", "input", "archive", "source"}
-# what the manifest says in fields of its own
-_APART = {"action_columns", "user_features", "contextual_columns"}
 
 _log = logging.getLogger(__name__)
 
@@ -112,10 +107,7 @@ def prepare(config: DataSetConfig, how: PreparationConfig | None = None) -> Mani
 
 def _made_from(config: DataSetConfig, source: EventSource | _Synthetic) -> dict[str, Any]:
     """What of the manifest is known before anything is read."""
-    recipe = {name: value for name, value in asdict(config).items() if name not in _NOT_CONTENT | _APART}
-    made_from: dict[str, Any] = {"name": config.kind, "recipe": recipe, "sources": source.fingerprint()}
-    if isinstance(config, PluginDataConfig):
-        recipe["settings"] = json.dumps(config.settings, sort_keys=True)
+    made_from: dict[str, Any] = {"name": config.kind, "recipe": recipe_of(config), "sources": source.fingerprint()}
     if isinstance(config, EventsConfig):
         made_from["sources"] = made_from["sources"] | features_fingerprint(config)
         made_from |= {"action_fields": dict(config.action_columns), "contextual": tuple(config.contextual_columns)}
