@@ -33,7 +33,7 @@ TOPICS: Mapping[str, Topic] = {
         "by it and reads the test split once; *refit* then trains that many epochs on the validation events too. "
         "Published figures are of the reference protocol: trained on all but the test event, the best of all readings "
         "of the test split. *best* is our own recipe for a model of HSTU-large's size, beside which HSTU-large's "
-        "published figures stand.",
+        "published figures stand; *hstu_no_bias* is HSTU without its relative bias.",
         metrics=("hr@10", "ndcg@10", "hr@50", "hr@200"),
         contenders=("validation-chosen", "refit", "published"),
     ),
