@@ -132,7 +132,7 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--config", type=Path, help="resolved settings instead, as `python -m launch doctor` gives them"
     )
     command.add_argument(
-        "--ranks", type=int, default=2, help="local ranks that talk to each other; 0: none (default: 2)"
+        "--ranks", type=int, help="local ranks that talk to each other; 0: none (default: 2, on GPUs at most nproc)"
     )
     command.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     command.add_argument("--debug", action="store_true", help="show the stack trace of an error")

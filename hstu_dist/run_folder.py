@@ -36,6 +36,8 @@ _PACKAGES = (
 )
 
 _LOCK_SECONDS = 2.0
+_LEAVING_SECONDS = 10.0
+"""For ranks whose launcher was killed a moment ago."""
 _LOCK_POLL_SECONDS = 0.05
 
 
@@ -116,13 +118,32 @@ class RunFolder:
                 f"run folder {self.path}: {free / 2**20:.0f} MiB free, {missing / 2**20:.0f} MiB needed",
                 "free some space or set output=FOLDER to another disk",
             )
-        if self.config_file.exists():
-            changed = difference(load(self.config_file), config)
-            if changed:
-                raise UserError(
-                    f"run folder {self.path}: holds a run with other settings ({'; '.join(changed[:3])})",
-                    "set name=NAME for a new run, or remove the folder",
-                )
+        self.check_settings(config)
+
+    def check_settings(self, config: RunConfig) -> None:
+        """Whether the folder holds no other run.
+
+        Raises:
+            UserError: it holds one with other settings.
+        """
+        changed = difference(load(self.config_file), config) if self.config_file.exists() else []
+        if changed:
+            raise UserError(
+                f"run folder {self.path}: holds a run with other settings ({'; '.join(changed[:3])})",
+                "set name=NAME for a new run, or remove the folder",
+            )
+
+    def check_unused(self) -> None:
+        """Whether nobody trains in the folder; waits for those who are about to end.
+
+        Raises:
+            UserError: another process does, or this one may not see it.
+        """
+        deadline = time.monotonic() + _LEAVING_SECONDS
+        while self.is_locked():
+            if time.monotonic() > deadline:
+                raise self._taken()
+            time.sleep(_LOCK_POLL_SECONDS)
 
     def _checkpoint_bytes(self) -> int:
         """Bytes of the checkpoints here, without those that were set aside; a run may be removing some meanwhile."""
@@ -150,10 +171,7 @@ class RunFolder:
                 while not (taken := _locks(file, fcntl.LOCK_EX)) and time.monotonic() < deadline:
                     time.sleep(_LOCK_POLL_SECONDS)
             if not taken:
-                raise UserError(
-                    f"run folder {self.path}: another process is training in it",
-                    "wait for it or stop it, or set name=NAME for a new run",
-                )
+                raise self._taken()
             yield
 
     def is_locked(self) -> bool:
@@ -168,6 +186,12 @@ class RunFolder:
                     return not _locks(file, fcntl.LOCK_SH)
             except FileNotFoundError:
                 return False
+
+    def _taken(self) -> UserError:
+        return UserError(
+            f"run folder {self.path}: another process is training in it",
+            "wait for it or stop it, or set name=NAME for a new run",
+        )
 
     @property
     def _lock_file(self) -> Path:

@@ -19,6 +19,7 @@ from launch.run_files import checked_folder, find_program, progress
 from launch.spec import Program
 
 _POLL_SECONDS = 0.2
+_UNREACHED = 255
 _RETURN_SECONDS = 10.0
 """Between attempts to bring back a machine that was lost."""
 
@@ -108,9 +109,9 @@ class _Machine:
 
     @property
     def code(self) -> int:
-        """How it ended."""
+        """How it ended; ssh ends with 255 itself if it does not reach the machine."""
         code = self._process.returncode
-        return ExitCode.FAILED if code < 0 else code
+        return ExitCode.FAILED if code < 0 or code == _UNREACHED else code
 
     def give_up(self) -> None:
         """No longer waits for a machine that was lost and is on its way back: the run is over."""
@@ -124,7 +125,7 @@ class _Machine:
         now = time.monotonic()
         if self._lost_since is None:
             self._lost_since = now
-            note(f"{address} is lost (exit code {self.code}); the others go on, it is tried again")
+            note(f"{address} is lost (exit code {self._process.returncode}); the others go on, it is tried again")
         elif now - self._lost_since >= _RETURN_SECONDS:
             self._lost_since, self._returning = None, True
             self._process = self._start()

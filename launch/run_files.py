@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from hstu_dist.checkpoint.manifest import MANIFEST_FILE, step_of
@@ -36,6 +37,9 @@ def checked_folder(config: RunConfig, program: Program = "train") -> RunFolder:
     folder = RunFolder(config.run_dir)
     if program == "doctor":
         folder.check(config, needed_bytes=0)
+    else:
+        # whoever trains here reads both files below
+        folder.check_unused()
     # left by a run that ended while it was asked to stop
     folder.stop_file.unlink(missing_ok=True)
     save(config, folder.launch_file)
@@ -43,9 +47,17 @@ def checked_folder(config: RunConfig, program: Program = "train") -> RunFolder:
 
 
 def finished_text(config: RunConfig) -> str | None:
-    """What a run that has nothing left to train shows; None for any other."""
-    result = RunFolder(config.run_dir).finished(config.trainer.last_epoch)
-    return None if result is None else finished_report(config, result)
+    """What a run that has nothing left to train shows; None for any other.
+
+    Raises:
+        UserError: it is a run with other settings that has finished here.
+    """
+    folder = RunFolder(config.run_dir)
+    result = folder.finished(config.trainer.last_epoch)
+    if result is None:
+        return None
+    folder.check_settings(config)
+    return finished_report(config, result)
 
 
 def progress(config: RunConfig) -> str:
@@ -70,7 +82,7 @@ def read_job(folder: RunFolder) -> str | None:
 
 
 def launched(path: Path) -> RunConfig:
-    """Settings of the run that was last launched in a folder.
+    """Settings of the run that was last launched in a folder, wherever it was launched from.
 
     Raises:
         UserError: none was.
@@ -78,7 +90,8 @@ def launched(path: Path) -> RunConfig:
     file = RunFolder(path).launch_file
     if not file.exists():
         raise UserError(f"{path}: no run was launched here", "give the folder of a run, such as runs/ml1m")
-    return load(file)
+    # a relative `output` is that of the folder it was launched in
+    return replace(load(file), output=str(path.resolve().parent))
 
 
 def find_program(name: str) -> None:

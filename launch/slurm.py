@@ -41,7 +41,7 @@ while :; do
   [ -n "$interrupted" ] || break
 done
 
-if [ "$code" -eq 0 ] && [ -e "$run/stop" ]; then
+if {{ [ "$code" -eq 0 ]{or_elastic}; }} && [ -e "$run/stop" ]; then
   rm -f "$run/stop"
   if [ -n "$stopping" ]; then
     scontrol requeue "$SLURM_JOB_ID"
@@ -65,6 +65,8 @@ def script(config: RunConfig, program: Program = "train") -> str:
         port=cluster.port or "$((20000 + SLURM_JOB_ID % 10000))",
         srun=_srun(cluster, folder, program),
         stopped=int(ExitCode.STOPPED),
+        # the code is the worst of all nodes; one of an elastic job may have failed long before
+        or_elastic=' || [ -n "$stopping" ]' if cluster.least_nodes < cluster.nodes else "",
     )
     lines = [f"#SBATCH {option}" for option in _options(config, folder)]
     return "\n".join(["#!/bin/bash", *lines, body.lstrip("\n")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -26,12 +27,12 @@ class DoctorOptions:
 
     Attributes:
         overrides: of the run, as they were given.
-        ranks: local ranks that measure what lies between them; 0: none.
+        ranks: local ranks that measure what lies between them; 0: none; None: two, or the run's one on a GPU.
         as_json: one JSON object instead of lines.
     """
 
     overrides: Sequence[str]
-    ranks: int
+    ranks: int | None
     as_json: bool
 
 
@@ -71,8 +72,10 @@ def _findings(config: RunConfig, options: DoctorOptions, under_torchrun: bool, m
                 unseen.append(finding)
     if under_torchrun:
         yield from _among_ranks(config, unseen)
-    elif options.ranks:
-        yield from _local_ranks(options)
+    else:
+        ranks = options.ranks if options.ranks is not None else _usual_ranks(config)
+        if ranks:
+            yield from _local_ranks(ranks, options.overrides)
 
 
 def _among_ranks(config: RunConfig, unseen: Sequence[Finding]) -> Iterator[Finding]:
@@ -84,11 +87,17 @@ def _among_ranks(config: RunConfig, unseen: Sequence[Finding]) -> Iterator[Findi
         yield from in_turn(rank_checks(world, Path(config.output), unseen))
 
 
-def _local_ranks(options: DoctorOptions) -> Iterator[Finding]:
+def _usual_ranks(config: RunConfig) -> int:
+    """Two, so that something lies between them; no more than the run has where each needs a GPU of its own."""
+    on_gpus = config.trainer.device == "cuda" or (config.trainer.device == "auto" and shutil.which("nvidia-smi"))
+    return min(2, config.nproc) if on_gpus else 2
+
+
+def _local_ranks(ranks: int, overrides: Sequence[str]) -> Iterator[Finding]:
     """What ranks of this machine find, started as a launch starts them."""
-    agent = [sys.executable, "-m", "hstu_dist.distributed.agent", f"--nproc-per-node={options.ranks}"]
+    agent = [sys.executable, "-m", "hstu_dist.distributed.agent", f"--nproc-per-node={ranks}"]
     # no ranks below the ranks: they look at each other only
-    inner = ["-m", "hstu_dist", "doctor", "--ranks=0", "--json", *options.overrides]
+    inner = ["-m", "hstu_dist", "doctor", "--ranks=0", "--json", *overrides]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     remedy = "mend what is listed above first; then look at the messages of `python -m launch`"
     try:
@@ -96,7 +105,7 @@ def _local_ranks(options: DoctorOptions) -> Iterator[Finding]:
             [*agent, *inner], capture_output=True, text=True, check=False, timeout=_RANKS_SECONDS, env=environment
         )
     except subprocess.TimeoutExpired:
-        yield fail("ranks", f"{options.ranks} ranks did not answer within {_RANKS_SECONDS:g} s", remedy)
+        yield fail("ranks", f"{ranks} ranks did not answer within {_RANKS_SECONDS:g} s", remedy)
         return
     line = next((line for line in done.stdout.splitlines() if line.startswith('{"findings"')), None)
     if line is None:

@@ -58,7 +58,7 @@ def _versions() -> Finding:
         required = " ".join(metadata.requires("hstu-dist") or ())
     except metadata.PackageNotFoundError:
         return warn(
-            "versions", f"{found}; this package is not installed, so that nothing says what fits", "make install"
+            "versions", f"{found}; this package is not installed, so that nothing says what fits", "make clean install"
         )
     wrong = [
         f"{name} {installed[name]} instead of {wanted}"
@@ -70,7 +70,7 @@ def _versions() -> Finding:
         missing.append("fbgemm-gpu or fbgemm-gpu-cpu")
     if wrong or missing:
         problem = "; ".join([*wrong, *(f"{name} is missing" for name in missing)])
-        return fail("versions", problem, "torch, torchrec, fbgemm and triton change together only: make install")
+        return fail("versions", problem, "torch, torchrec, fbgemm and triton change together only: make clean install")
     return ok("versions", found)
 
 
@@ -96,7 +96,7 @@ def _native() -> Finding:
     code, said = _python_says("from hstu_dist.ops import native; print('loaded')")
     if code == 0:
         return ok("native kernels", said)
-    remedy = "training on CPUs is slower without: install a C++ compiler, then make install"
+    remedy = "training on CPUs is slower without: install a C++ compiler, then make clean install"
     return warn("native kernels", said, remedy)
 
 
@@ -112,7 +112,9 @@ def _devices() -> Finding:
     if shutil.which("nvidia-smi") is None:
         return ok("devices", "CPU, gloo")
     if not cuda:
-        return fail("devices", "a GPU driver is here, but this torch is built for CPUs", "make install EXTRA=cuda")
+        return fail(
+            "devices", "a GPU driver is here, but this torch is built for CPUs", "make clean install EXTRA=cuda"
+        )
     return fail(
         "devices", f"torch for CUDA {cuda} finds no GPU", "compare with the driver's CUDA version in nvidia-smi"
     )

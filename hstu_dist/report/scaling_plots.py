@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from hstu_dist.report.plots import save_figure
 from hstu_dist.scaling.law import Fit
 from hstu_dist.scaling.optimum import Optimum, budgets
-from hstu_dist.scaling.points import Point
 from hstu_dist.scaling.study import Family, Study, kind_of
 
 _POINTS = 100
@@ -62,7 +61,7 @@ def _law(axes: Axes, family: Family, fit: Fit, colour: str) -> None:
 
 
 def _budgets(study: Study) -> Figure:
-    """The loss against the size of the model, a curve for each budget; a panel a family."""
+    """The metric against the size of the model, a curve for each budget; a panel a family."""
     families = [family for family in study.families if family.optima]
     figure = Figure(figsize=(6.5, 4.5 * len(families)), layout="constrained")
     for axes, family in zip(figure.subplots(len(families), squeeze=False)[:, 0], families, strict=True):
@@ -70,7 +69,7 @@ def _budgets(study: Study) -> Figure:
         for index, optimum in enumerate(family.optima):
             of_optimum = [abs(budget[0].compute - optimum.compute) for budget in runs]
             nearest = runs[of_optimum.index(min(of_optimum))]
-            _budget(axes, optimum, nearest, f"C{index}")
+            _budget(axes, optimum, [(run.parameters, run.metrics[study.metric]) for run in nearest], f"C{index}")
         axes.set_xscale("log")
         axes.set_xlabel("parameters of the tower")
         axes.set_ylabel(study.metric)
@@ -79,9 +78,10 @@ def _budgets(study: Study) -> Figure:
     return figure
 
 
-def _budget(axes: Axes, optimum: Optimum, runs: list[Point], colour: str) -> None:
-    sizes = np.array([point.parameters for point in runs])
-    axes.scatter(sizes, [point.metrics["loss"] for point in runs], color=colour, s=18)
+def _budget(axes: Axes, optimum: Optimum, runs: list[tuple[float, float]], colour: str) -> None:
+    """Draws one budget; `runs` are parameters and metric of each."""
+    sizes = np.array([size for size, _ in runs])
+    axes.scatter(sizes, [value for _, value in runs], color=colour, s=18)
     line = np.geomspace(sizes.min(), sizes.max(), _POINTS)
     axes.plot(line, np.polyval(optimum.parabola, np.log(line)), color=colour, label=f"{optimum.compute:.2g} FLOPs")
     if optimum.inside:

@@ -56,7 +56,7 @@ def test_lines_to_start_by_hand(overrides: list[str], capsys: pytest.CaptureFixt
     [
         ("exit 0", 0),
         ('[ "$address" = a.example ] && exit 2; exit 1', 2),
-        ('[ "$address" = a.example ] || exit 255', 255),
+        ('[ "$address" = a.example ] || exit 255', 1),
         ("kill -9 $$", 1),
     ],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hstu_dist import run_folder
 from hstu_dist.config import compose, load, save
 from hstu_dist.errors import ExitCode
 from hstu_dist.run_folder import RunFolder
@@ -178,6 +179,58 @@ def test_a_finished_run_is_shown_without_ranks(
     printed = capsys.readouterr().out
     assert (len(agents) == 0) == finished
     assert ("already finished" in printed and "0.2500" in printed) == finished
+
+
+def test_a_finished_run_with_other_settings_is_not_shown(
+    overrides: list[str], agents: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = compose(overrides)
+    folder = RunFolder(config.run_dir)
+    folder.path.mkdir(parents=True)
+    save(config, folder.config_file)
+    metrics = {"hr@10": 0.25}
+    result = {"epochs": 2, "steps": 16, "stopped_early": False, "best_epoch": 1, "test": metrics, "popularity": metrics}
+    folder.finish(result)
+    assert main([*overrides, "seed=9"]) == 2
+    printed = capsys.readouterr()
+    assert "holds a run with other settings (seed: " in printed.err and "0.2500" not in printed.out
+    assert main(overrides) == 0 and not agents
+    assert "0.2500" in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_keeps_its_request_to_stop_and_its_settings(
+    overrides: list[str],
+    agents: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(run_folder, "_LEAVING_SECONDS", 0.1)
+    folder = RunFolder(compose(overrides).run_dir)
+    assert main(overrides) == 0 and len(agents) == 1
+    settings = folder.launch_file.read_bytes()
+    with folder.lock():
+        folder.stop_file.touch()
+        assert main([*overrides, "trainer.epochs=1"]) == 2
+    assert "another process is training in it" in capsys.readouterr().err
+    assert folder.stop_file.exists() and folder.launch_file.read_bytes() == settings and len(agents) == 1
+
+
+def test_a_run_is_asked_about_from_anywhere(
+    overrides: list[str],
+    agents: list[list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    for place in (here, there):
+        place.mkdir()
+        monkeypatch.chdir(place)
+        assert main([*overrides, "output=runs"]) == 0
+    with RunFolder(here / "runs" / "tiny").lock():
+        assert main(["cancel", "runs/tiny"]) == 2
+        assert main(["cancel", str(here / "runs" / "tiny")]) == 0
+    assert (here / "runs" / "tiny" / "stop").exists() and not (there / "runs" / "tiny" / "stop").exists()
 
 
 DOCUMENTED = re.findall(

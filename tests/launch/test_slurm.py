@@ -92,6 +92,25 @@ def test_a_container_starts_python(overrides: list[str]) -> None:
     )
 
 
+@pytest.mark.parametrize(("nodes", "code"), [("2:4", 75), ("4", 2)])
+def test_a_node_that_failed_does_not_keep_an_elastic_job_from_its_next_turn(
+    nodes: str, code: int, overrides: list[str], programs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop = RunFolder(compose(overrides).run_dir).stop_file
+    stop.parent.mkdir(parents=True)
+    fixed = [word for word in overrides if not word.startswith("cluster.nodes=")]
+    assert main([*fixed, f"nodes={nodes}", "dry_run=true"]) == 0
+    text = capsys.readouterr().out
+    stand_in(programs, "scontrol", "echo NodeAddr=127.0.0.1")
+    # the ranks save when they see the file; the step ends with the code of the node that failed
+    wait = f"until [ -e {shlex.quote(str(stop))} ]; do sleep 0.05; done; exit 2"
+    stand_in(programs, "srun", f"kill -USR1 $PPID\n{wait}")
+    environment = {"PATH": f"{programs}:/usr/bin:/bin", "SLURM_JOB_ID": "17", "SLURMD_NODENAME": "here"}
+    done = subprocess.run(["/bin/bash"], input=text, text=True, env=environment, timeout=60, check=False)
+    assert done.returncode == code
+    assert ("requeue 17" in (programs / "scontrol.called").read_text()) == (code == 75)
+
+
 @pytest.mark.slow
 def test_submits_and_remembers_the_job(
     overrides: list[str], programs: Path, capsys: pytest.CaptureFixture[str]
