@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from hstu_dist.checkpoint.manager import CheckpointManager
-from hstu_dist.commands.session import Session
+from hstu_dist.commands.session import ModelSession, build_model
 from hstu_dist.commands.sessions import open_session
-from hstu_dist.config import load
+from hstu_dist.config import RunConfig, load
+from hstu_dist.data.stream.config import StreamConfig
+from hstu_dist.distributed.config import ParallelConfig
 from hstu_dist.distributed.process_group import claim_machine, process_group
 from hstu_dist.errors import UserError
 from hstu_dist.run_folder import RunFolder
@@ -52,10 +54,13 @@ def replay(folder: Path, say: Callable[[str], None]) -> None:
         raise UserError(f"{folder}: holds no refused step", "give a folder RUN/replay/step-NNNNNNNN")
     refused = [read_refused(file) for file in files]
     run = RunFolder(folder.absolute().parents[1])
-    config = load(run.config_file)
+    config = _alone(load(run.config_file))
     with process_group(config.trainer.device, config.trainer.timeout_seconds) as world:
         claim_machine(config.trainer.threads, world)
-        session = open_session(config, world)
+        if isinstance(config.data, StreamConfig):
+            session = build_model(config, world, config.data.num_items)
+        else:
+            session = open_session(config, world)
         weights = _restore(session, CheckpointManager(run.checkpoints, config.trainer.checkpoint.keep), refused[0].step)
         say(f"step {refused[0].step}: {refused[0].refusal.reason}; with {weights.describe(refused[0].step)}:")
         step = TrainStep(session.objective(), session.optimizers, world)
@@ -63,7 +68,14 @@ def replay(folder: Path, say: Callable[[str], None]) -> None:
             say(f"{file.stem}: {examine(session, step, share)}")
 
 
-def _restore(session: Session, checkpoints: CheckpointManager, step: int) -> Weights:
+def _alone(config: RunConfig) -> RunConfig:
+    """The run without what takes several ranks."""
+    embedding = replace(config.embedding, replicas=1, plan=None)
+    trainer = replace(config.trainer, parallel=ParallelConfig())
+    return replace(config, embedding=embedding, trainer=trainer)
+
+
+def _restore(session: ModelSession, checkpoints: CheckpointManager, step: int) -> Weights:
     """Loads the newest checkpoint of the time before the step, or the one that was written for it."""
     guard = session.config.trainer.guard
     known = [s for s in checkpoints.steps() if s <= step + guard.max_refused]
@@ -73,7 +85,7 @@ def _restore(session: Session, checkpoints: CheckpointManager, step: int) -> Wei
     return Weights(known[-1])
 
 
-def examine(session: Session, step: TrainStep, share: RefusedStep) -> str:
+def examine(session: ModelSession, step: TrainStep, share: RefusedStep) -> str:
     """One line: loss, the first module with an output that is not finite, parameters with such a gradient."""
     batch = share.refusal.batch.to(session.world.device)
     tower = session.recommender.tower

@@ -130,12 +130,17 @@ class VocabularyConfig:
 
     @property
     def bytes_per_row(self) -> int:
-        """Memory for ids and what eviction goes by, index included, over all ranks."""
+        """Memory for ids and what eviction goes by, index included, shared by all ranks."""
         if self.kind != "zch":
             return 0
         remembered = 2 if self.eviction == "distance_lfu" else 1
         waiting = 3 if self.eviction_interval != 1 else 0
         return 8 * (1 + remembered + waiting + 2)
+
+    @property
+    def bytes_per_row_everywhere(self) -> int:
+        """Memory of every rank on top: which rows are taken, as a mask and as numbers."""
+        return 5 if self.kind == "zch" else 0
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -314,6 +319,11 @@ class TableSpec:
         vocabulary = self.config.vocabulary
         named = {} if vocabulary.kind == "static" else {"vocabulary": asdict(vocabulary)}
         return {**shape, **named, "optimizer": asdict(self.optimizer)}
+
+    def vocabulary_bytes(self, ranks: int) -> int:
+        """Bytes that each of `ranks` ranks holds of the table's vocabulary: its share, and what all of them know."""
+        vocabulary, rows = self.config.vocabulary, self.shape.num_rows
+        return -(-rows * vocabulary.bytes_per_row // ranks) + rows * vocabulary.bytes_per_row_everywhere
 
     def weight_bytes(self, rows: int, columns: int) -> int:
         """Bytes of a part of the table."""

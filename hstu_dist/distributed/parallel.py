@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from hstu_dist.distributed.config import ParallelConfig
+from hstu_dist.errors import UserError
 from hstu_dist.machine import Precision
 
 
@@ -100,12 +102,24 @@ def _shard(tower: nn.Module, settings: DenseSettings) -> FSDPModule:
     rounded = torch.bfloat16 if settings.precision == "bfloat16" else None
     # inputs arrive in the right dtype, and a context cannot be taken apart
     policy = MixedPrecisionPolicy(param_dtype=rounded, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    encoder = getattr(tower, "encoder", None)
-    for layer in [] if encoder is None else encoder.get_submodule("layers").children():
+    for layer in _layers(tower):
         # gathered when its turn comes and freed after it, forward and backward
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     # freed as well: what an evaluation gathered may be other weights, such as averages, than those trained next
     return fully_shard(tower, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+def _layers(tower: nn.Module) -> Iterator[nn.Module]:
+    encoder = getattr(tower, "encoder", None)
+    if encoder is None:
+        return iter(())
+    layers = getattr(encoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise UserError(
+            f"trainer.parallel.kind: got fsdp or hsdp, but {type(encoder).__name__} has no layers to split",
+            "give the encoder a torch.nn.ModuleList named layers, or use kind=ddp",
+        )
+    return layers.children()
 
 
 def _mesh(device_type: str, shard_ranks: int | None) -> DeviceMesh:

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from hstu_dist.distributed.row_update import stochastic_round
+
 _CHUNK_ELEMENTS = 1 << 22
 """Elements averaged at a time: shorter ones than fp32 are added up in a copy."""
 
@@ -52,7 +54,19 @@ class TableGroup:
         for chunk in part.view(-1).split(_CHUNK_ELEMENTS):
             total = chunk.float()
             dist.all_reduce(total, group=self.replicas)
-            chunk.copy_(total.div_(dist.get_world_size(self.replicas)))
+            total.div_(dist.get_world_size(self.replicas))
+            # to the nearest, a step that one set took alone would be undone every time
+            chunk.copy_(total if chunk.dtype == torch.float32 else _rounded_alike(total, chunk.dtype))
+
+
+def _rounded_alike(mean_N: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounded at random, the same wherever the mean is the same: it is what the numbers are drawn from."""
+    key = int(mean_N.view(torch.int32).sum())
+    generator = torch.Generator(mean_N.device).manual_seed(key)
+    words_N = torch.randint(
+        -(1 << 31), 1 << 31, mean_N.shape, dtype=torch.int32, device=mean_N.device, generator=generator
+    )
+    return stochastic_round(mean_N, dtype, words_N)
 
 
 def table_group(ranks: int, device: torch.device) -> TableGroup:

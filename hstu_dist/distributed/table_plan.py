@@ -80,8 +80,7 @@ class EmbeddingPlan:
             for shard in plan.shards:
                 spec, part = specs[name], (shard.rows, shard.columns)
                 held[shard.rank] += spec.weight_bytes(*part) + spec.state_bytes(*part)
-            vocabulary = plan.rows * specs[name].config.vocabulary.bytes_per_row
-            held = [size + vocabulary // self.world_size for size in held]
+            held = [size + specs[name].vocabulary_bytes(self.world_size) for size in held]
         return held
 
     def save(self, path: Path) -> None:

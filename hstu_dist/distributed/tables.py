@@ -114,7 +114,8 @@ class EmbeddingTables(nn.Module):
             for part, offsets in _parts(value):
                 mine = rows[(rows >= offsets[0]) & (rows < offsets[0] + part.shape[0])]
                 if name == weight:
-                    part[mine - offsets[0]] = _initial(mine, (offsets[1], part.shape[1]), spec, _key(table, self._seed))
+                    first = _initial(mine, (offsets[1], part.shape[1]), spec, _key(table, self._seed))
+                    part[mine - offsets[0]] = first.to(part.dtype)
                 else:
                     part[mine - offsets[0]] = 0
 

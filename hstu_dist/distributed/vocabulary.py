@@ -166,8 +166,9 @@ class GrowingVocabulary:
     def occupied_rows(self) -> Tensor:
         """As of `RowVocabulary`; made anew only when a row was given away that nobody had."""
         if self._occupied_rows is None:
-            # each rank holds them all: half of the memory of int64
-            self._occupied_rows = self.occupied().nonzero().squeeze(1).int()
+            rows = self.occupied().nonzero().squeeze(1)
+            # each rank holds them all: half of the memory of int64, where they fit
+            self._occupied_rows = rows.int() if self._layout.num_rows < 1 << 31 else rows
         return self._occupied_rows
 
     def state_tensors(self) -> dict[str, Any]:
@@ -218,17 +219,20 @@ class GrowingVocabulary:
     def _sharded(self, local: Tensor) -> ShardedTensor:
         """A tensor by row, of which this rank has its buckets' part."""
         starts = [self._layout.first_row(bucket) for bucket in self._first_buckets.tolist()]
-        shards = [
-            ShardMetadata([start], [end - start], f"rank:{rank}/{local.device.type}")
+        # a part without rows would pass for a copy of the one that begins where it does
+        shards = {
+            rank: ShardMetadata([start], [end - start], f"rank:{rank}/{local.device.type}")
             for rank, (start, end) in enumerate(pairwise(starts))
-        ]
+            if start < end
+        }
         metadata = ShardedTensorMetadata(
-            shards_metadata=shards,
+            shards_metadata=list(shards.values()),
             size=torch.Size([self._layout.num_rows]),
             tensor_properties=TensorProperties(dtype=local.dtype),
         )
-        mine = Shard(local, shards[dist.get_rank()])
-        return ShardedTensor._init_from_local_shards_and_global_metadata([mine], metadata, dist.group.WORLD)
+        rank = dist.get_rank()
+        mine = [Shard(local, shards[rank])] if rank in shards else []
+        return ShardedTensor._init_from_local_shards_and_global_metadata(mine, metadata, dist.group.WORLD)
 
 
 def vocabulary_of(spec: TableSpec, device: torch.device, reset: Callable[[Tensor], None]) -> RowVocabulary | None:

@@ -29,7 +29,7 @@ class Memory:
 
     Attributes:
         table: weights of its rows on the chip, those in a cache of host memory included.
-        table_optimizer: state of its rows on the chip, and their moving average where there is one.
+        table_optimizer: state of its rows on the chip; their moving average and their growing vocabulary, if any.
         dense: parameters of the tower.
         gradients: of the tower.
         dense_optimizer: AdamW's moments of the tower, and its moving average where there is one.
@@ -121,6 +121,7 @@ def _even(job: Job, ranks: int) -> TableBytes:
     """What every rank has, but for a row."""
     held, ranks = TableBytes(), job.table_ranks(ranks)
     for spec in job.tables.values():
+        held += TableBytes(on_chip=(0, spec.vocabulary_bytes(ranks)))
         rows, columns = spec.shape.num_rows, spec.stored_width
         match spec.config.sharding:
             case "row_wise" | "planner":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +17,8 @@ from hstu_dist.files import LineFile, write_atomically
 from hstu_dist.train.config import LoggingConfig
 from hstu_dist.train.metrics_file import METRICS_FILE
 
+logger = logging.getLogger(__name__)
+
 
 class MetricsLog:
     """Writes metrics of rank 0. A resumed run drops what was logged after its checkpoint."""
@@ -25,16 +29,18 @@ class MetricsLog:
         # first, because it alone can fail: nothing is open yet
         self._wandb = None if config.wandb == "disabled" else _start_wandb(run_dir, config, run_config)
         self._file = LineFile(self._path)
-        self._board = (
-            SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1) if config.tensorboard else None
-        )
+        self._board: SummaryWriter | None = None
+        if config.tensorboard:
+            with self._without_board_if_refused():
+                self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics at a step."""
         self._file.add(json.dumps({"step": step, **values}))
         if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+            with self._without_board_if_refused():
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
@@ -42,9 +48,19 @@ class MetricsLog:
         """Flushes and closes all of them."""
         self._file.close()
         if self._board is not None:
-            self._board.close()
+            with self._without_board_if_refused():
+                self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    @contextlib.contextmanager
+    def _without_board_if_refused(self) -> Iterator[None]:
+        # its own thread writes: what a full disk refused comes back with a later call
+        try:
+            yield
+        except OSError as error:
+            self._board = None
+            logger.warning("TensorBoard's files cannot be written (%s); training goes on without them", error.strerror)
 
     def __enter__(self) -> MetricsLog:
         return self

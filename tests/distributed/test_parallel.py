@@ -15,6 +15,7 @@ from hstu_dist.commands.fitting import restore
 from hstu_dist.commands.session import Session
 from hstu_dist.data.split import Split
 from hstu_dist.distributed.config import ParallelConfig
+from hstu_dist.distributed.parallel import DenseSettings, ParallelTower
 from hstu_dist.distributed.process_group import process_group
 from hstu_dist.errors import UserError
 from hstu_dist.train.config import CheckpointConfig
@@ -114,6 +115,25 @@ def test_every_way_trains_the_same_model(runs: Any, world_size: int, name: str) 
         assert found == pytest.approx(losses, rel=1e-5)
         assert largest_difference(found_state, state) < 5e-5
         assert found_metrics == pytest.approx(metrics, rel=1e-12)
+
+
+class Whole(torch.nn.Module):
+    """A tower whose encoder has no layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = torch.nn.Linear(8, 8)
+
+
+def whole_encoder() -> str:
+    with process_group("cpu", 60), pytest.raises(UserError) as caught:
+        ParallelTower(Whole(), DenseSettings(parallel=ParallelConfig(kind="fsdp")))
+    return str(caught.value)
+
+
+def test_an_encoder_without_layers_is_not_split() -> None:
+    for said in run_ranks(2, whole_encoder):
+        assert said.startswith("trainer.parallel.kind: got fsdp or hsdp, but Linear has no layers to split")
 
 
 SOURCES = {"ddp": DDP, "fsdp": FSDP}

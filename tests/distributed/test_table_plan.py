@@ -15,6 +15,7 @@ from hstu_dist.distributed.config import (
     TableOptimizerConfig,
     TableShape,
     TableSpec,
+    VocabularyConfig,
 )
 from hstu_dist.distributed.table_plan import (
     EmbeddingPlan,
@@ -59,6 +60,12 @@ def test_rows_are_split_and_whole_tables_go_where_there_is_room() -> None:
 def test_bytes_of_every_rank_count_every_table() -> None:
     specs = specs_of()
     held = configured_plan(specs, world_size=4).bytes_per_rank(specs)
+    growing = specs_of(vocabulary=VocabularyConfig(kind="zch", buckets=2))
+    more = configured_plan(growing, world_size=4).bytes_per_rank(growing)
+    # keys, what eviction goes by and an index by row are shared; which of the 10 rows are taken is known to all
+    assert [b - a for a, b in zip(held, more, strict=True)] == [
+        10 * growing[ITEM].config.vocabulary.bytes_per_row // 4 + 50
+    ] * 4
     # adamw: two moments of 4 bytes an element beside the weight
     tag, item = 3 * 8 * 12, 16 * 12
     assert held == [3 * item + tag + 9 * 8 * (2 + 8), 3 * item + tag, 3 * item + tag, item + tag + 8 * 8 * 12]

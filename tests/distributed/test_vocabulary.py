@@ -26,11 +26,12 @@ STEPS = 8
 """Of each number of ranks in turn."""
 
 
-def tables_of(sharding: str = "row_wise", replicas: int = 1, **vocabulary: Any) -> EmbeddingTables:
+def tables_of(sharding: str = "row_wise", replicas: int = 1, dtype: str = "fp32", **vocabulary: Any) -> EmbeddingTables:
     kind = "adamw" if sharding == "column_wise" else "rowwise_adamw"
     config = EmbeddingConfig(
         sharding=sharding,  # type: ignore[arg-type]
         replicas=replicas,
+        dtype=dtype,  # type: ignore[arg-type]
         optimizer=TableOptimizerConfig(kind=kind, learning_rate=0.05),  # type: ignore[arg-type]
         vocabulary=VocabularyConfig(**{"kind": "zch", "buckets": 5, "eviction_interval": 3, **vocabulary}),
     )
@@ -67,10 +68,10 @@ def contents(tables: EmbeddingTables) -> dict[int, tuple[int, list[float]]]:
     }
 
 
-def go_on(folder: Path, sharding: str, first: int) -> list[dict[int, tuple[int, list[float]]]]:
+def go_on(folder: Path, sharding: str, first: int, buckets: int = 5) -> list[dict[int, tuple[int, list[float]]]]:
     """What was loaded, if anything was, and what `STEPS` further steps made of it, which is saved."""
     with process_group("cpu", 60):
-        tables = tables_of(sharding)
+        tables = tables_of(sharding, buckets=buckets)
         manager = CheckpointManager(folder, keep=1)
         manager.load_newest(all_tensors(tables))
         before = contents(tables)
@@ -105,10 +106,20 @@ def test_restored_on_1_2_4_3_and_1_ranks_an_id_finds_its_row_as_it_was(tmp_path:
         assert torch.allclose(torch.tensor(written[item][1]), torch.tensor(content), atol=1e-4)
 
 
-def rows_that_change_hands(sharding: str, replicas: int) -> tuple[int, float]:
+@pytest.mark.distributed
+def test_ranks_without_a_bucket_save_nothing_in_the_place_of_others(tmp_path: Path) -> None:
+    written: dict[int, tuple[int, list[float]]] = {}
+    for turn, (ranks, sharding) in enumerate([(2, "table_wise"), (3, "row_wise"), (1, "row_wise")]):
+        results = run_ranks(ranks, go_on, tmp_path, sharding, turn * STEPS, 1)
+        assert all(result[0] == written for result in results)
+        written = results[0][1]
+    assert len(written) > 20
+
+
+def rows_that_change_hands(sharding: str, replicas: int, dtype: str) -> tuple[int, float]:
     """How many rows were given to other ids, and the largest trace of what they held before."""
     with process_group("cpu", 60):
-        tables = tables_of(sharding, replicas, eviction_interval=1)
+        tables = tables_of(sharding, replicas, dtype, eviction_interval=1)
         group = tables.group.sharing
         (name,) = tables.weights()
         initial = whole(tables.weights()[name], group)
@@ -134,11 +145,18 @@ def rows_that_change_hands(sharding: str, replicas: int) -> tuple[int, float]:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("sharding", "replicas", "ranks"),
-    [("row_wise", 1, 2), ("column_wise", 1, 2), ("data_parallel", 1, 2), ("row_wise", 2, 4), ("row_wise", 1, 1)],
+    ("sharding", "replicas", "dtype", "ranks"),
+    [
+        ("row_wise", 1, "fp32", 2),
+        ("column_wise", 1, "fp32", 2),
+        ("data_parallel", 1, "fp32", 2),
+        ("row_wise", 2, "fp32", 4),
+        ("row_wise", 1, "fp32", 1),
+        ("row_wise", 1, "fp16", 2),
+    ],
 )
-def test_a_row_that_changes_hands_is_as_new(sharding: str, replicas: int, ranks: int) -> None:
-    for given, trace in run_ranks(ranks, rows_that_change_hands, sharding, replicas):
+def test_a_row_that_changes_hands_is_as_new(sharding: str, replicas: int, dtype: str, ranks: int) -> None:
+    for given, trace in run_ranks(ranks, rows_that_change_hands, sharding, replicas, dtype):
         assert given > 80 and trace == 0.0
 
 

@@ -76,6 +76,8 @@ def test_a_full_disk_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCapt
 def replayed(data: Path, output: Path, poisoned: bool) -> list[str]:
     """On a rank: what a replay says of the first batch; a weight of the checkpoint may be no number."""
     config = tiny_config(data, output, "nproc=1")
+    # what took several ranks
+    of_many = tiny_config(data, output, "nproc=4", "embedding.replicas=2", "trainer.parallel.kind=fsdp")
     folder = RunFolder(config.run_dir)
     with process_group("cpu", 60) as world:
         session = build(config, world)
@@ -85,7 +87,7 @@ def replayed(data: Path, output: Path, poisoned: bool) -> list[str]:
         state = TrainState(step=3).state_dict()
         CheckpointManager(folder.checkpoints, keep=1).save(session.tensors(), state, best_step=-1)
         batch = next(session.loader(Split.TRAIN).epoch(0))
-    save(config, folder.config_file)
+    save(of_many, folder.config_file)
     refusal = Refusal(batch, Workload.causal(batch.lengths.tolist()), "the loss is not a finite number on rank 7")
     write_refused(folder.replay / "step-00000004" / "rank-7.pt", RefusedStep(4, refusal))
     said: list[str] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,22 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path: Path) -> N
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["train/loss"] for line in lines] == [1, 1 / 2, 1 / 3, 1 / 4, 2 / 5, 2 / 6]
     assert [entry.name for entry in tmp_path.iterdir()] == [METRICS_FILE]
+
+
+# of TensorBoard's own thread, which dies of it
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_costs_the_board(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        # more than there is room for
+        write(disk, LoggingConfig(progress=False), range(1, 4000))
+        assert caplog.text.count("TensorBoard's files cannot be written (No space left on device)") == 1
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("rest", ["", "\n", "{}\n", "3\n", '{"step": null}\n', "\0\0\0"])
