@@ -169,13 +169,12 @@ def reshard(path: Path, ranks: int, say: Callable[[str], None]) -> None:
 
 def weight_records(manifest: Manifest) -> dict[str, TensorRecord]:
     """Tensors of table and tower, by name; of their moving average where the run has one."""
-    averaged = any(name.startswith(_AVERAGE) for name in manifest.tensors)
-    records = {
-        name.removeprefix(_AVERAGE): record
-        for name, record in manifest.tensors.items()
-        if name.startswith(_AVERAGE) or not averaged
+    weights = {name: record for name, record in manifest.tensors.items() if name.startswith((TABLE, TOWER))}
+    # what has no mean, such as a mask, stays as it is
+    averages = {
+        name.removeprefix(_AVERAGE): record for name, record in manifest.tensors.items() if name.startswith(_AVERAGE)
     }
-    return {name: record for name, record in records.items() if name.startswith((TABLE, TOWER))}
+    return weights | averages
 
 
 def table_of(name: str) -> str:

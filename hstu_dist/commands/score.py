@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -103,7 +103,9 @@ def _requests(piece: Piece, trained: Trained, unknown: Literal["error", "skip"],
             actions=inputs.words(offsets, {name: _of_events(piece, name, offsets) for name in inputs.actions}),
             candidate_offsets=candidate_offsets,
             candidate_ids=candidates,
-            times=piece.values("time") if piece.has("time") else last_times(offsets, timestamps),
+            times=_integers(piece, "time", piece.values("time"))
+            if piece.has("time")
+            else last_times(offsets, timestamps),
             contextual=inputs.codes({name: piece.optional(_column(name)) for name in inputs.contextual}, piece.count),
         )
         return inputs.ready(requests, unknown)
@@ -126,9 +128,13 @@ def _of_events(piece: Piece, column: str, offsets: Ints) -> Ints:
             f"{piece.path} row {piece.first_row + int(different.argmax())}: item_ids and {column} differ in length",
             f"give each event its {column}",
         )
-    if not isinstance(numbers, np.ndarray):
+    return _integers(piece, column, numbers)
+
+
+def _integers(piece: Piece, column: str, values: Any) -> Ints:
+    if not isinstance(values, np.ndarray):
         raise UserError(f"{piece.path}: column {column}: got text, expected integers", "store it as int64")
-    return numbers
+    return values
 
 
 def _items(piece: Piece, column: str, inputs: Inputs) -> tuple[Ints, Ints]:

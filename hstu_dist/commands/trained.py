@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from hstu_dist.actions import action_fields
-from hstu_dist.checkpoint.manifest import check_file, read_manifest
+from hstu_dist.checkpoint.manifest import check_file, read_manifest, step_of
 from hstu_dist.checkpoint.offline import read_whole
 from hstu_dist.commands.checkpoint import TABLE, TOWER, find, table_of, weight_records
 from hstu_dist.commands.ranking_model import ranking_parts, ranking_shape
 from hstu_dist.config import RunConfig, compose, load
 from hstu_dist.data.contextual import contextual_values
 from hstu_dist.data.schema import load_manifest
+from hstu_dist.data.stream.config import StreamConfig
 from hstu_dist.data.vocabulary import Vocabulary
 from hstu_dist.distributed.config import ITEM
 from hstu_dist.errors import UserError
@@ -32,6 +33,7 @@ from hstu_dist.models.config import AttentionBackendName, EncoderConfig, HSTUCon
 from hstu_dist.models.ranking import RankingTower
 from hstu_dist.models.ranking_shape import largest_number
 from hstu_dist.models.tower import Tower
+from hstu_dist.ops import backends
 from hstu_dist.run_folder import RunFolder
 
 _SAME_DATA = "set prepared_data=FOLDER to the prepared data that the run was trained on"
@@ -80,6 +82,11 @@ def run_of(run: Path | None, overrides: Sequence[str]) -> tuple[RunConfig, RunFo
             f"run {run}: its items have rows by embedding.vocabulary.kind={kind}, which this command cannot follow",
             "export rows and ids with `python -m hstu_dist checkpoint export`, or train with kind=static",
         )
+    if isinstance(config.data, StreamConfig) and config.data.item_ids == "hashed":
+        raise UserError(
+            f"run {run}: its items have rows by data.item_ids=hashed, which this command cannot follow",
+            "train with item_ids=dense to score, retrieve, serve or export",
+        )
     return config, folder
 
 
@@ -93,17 +100,18 @@ def read_weights(folder: RunFolder, width: int) -> Weights:
     Raises:
         UserError: there is no checkpoint, or it is damaged.
     """
-    checkpoints = {read.state["step"]: (path, read) for path in find(folder.path) if (read := read_manifest(path))}
-    newest = max(checkpoints)
-    best = checkpoints[newest][1].state.get("best_step", -1)
-    step = best if best in checkpoints else newest
-    path, manifest = checkpoints[step]
+    # the others do not matter: they may be damaged, or removed at any moment by training that goes on
+    paths = find(folder.path)
+    path, manifest = paths[-1], read_manifest(paths[-1])
+    best = next((other for other in paths if step_of(other) == manifest.state.get("best_step")), path)
+    if best != path:
+        path, manifest = best, read_manifest(best)
     for name, record in manifest.files.items():
         check_file(path, name, record)
     tensors = {name: read_whole(path, record) for name, record in weight_records(manifest).items()}
     (table,) = (tensor for name, tensor in tensors.items() if name.startswith(TABLE) and table_of(name) == ITEM)
     tower = {name.removeprefix(TOWER): tensor for name, tensor in tensors.items() if name.startswith(TOWER)}
-    return Weights(step, tower, table[:, :width].float().contiguous())
+    return Weights(manifest.state["step"], tower, table[:, :width].float().contiguous())
 
 
 @dataclass(frozen=True)
@@ -216,7 +224,7 @@ def tower_of(
         inputs: what its model reads.
         weights: of the checkpoint.
         device: where it computes.
-        backend: what it computes attention with; auto: as in the run's settings.
+        backend: what it computes attention with; auto: as in the run's settings, where the device has that.
 
     Raises:
         UserError: the weights are of another model or of other data.
@@ -225,7 +233,11 @@ def tower_of(
     if len(inputs.items) != rows:
         raise UserError(f"data: has {len(inputs.items)} items, the run was trained on {rows}", _SAME_DATA)
     encoder = encoder_config(config)
-    encoder = encoder if backend == "auto" else replace(encoder, backend=backend)
+    if backend != "auto":
+        encoder = replace(encoder, backend=backend)
+    elif encoder.backend != "auto" and encoder.backend not in backends.available(device):
+        # it was chosen for the machine that trained
+        encoder = replace(encoder, backend="auto")
     tower: Tower | RankingTower
     if isinstance(config.task, RankingConfig):
         sizes = [len(index) for index in inputs.contextual.values()]

@@ -54,6 +54,7 @@ class Requests:
         times: [B] int64 seconds, when each request is made.
         users: [B], whose histories they are, for the cache; None: nobody says, of one request or of all.
         contextual: [B, C] int64, codes of what is known of each user, UNKNOWN as above; None: nothing is.
+        whole: items of the histories before they were cut, and their offsets [B+1]; None: they are as they came.
     """
 
     offsets: Ints
@@ -65,6 +66,12 @@ class Requests:
     times: Ints
     users: Sequence[Hashable] | None = None
     contextual: Ints | None = None
+    whole: tuple[Ints, Ints] | None = None
+
+    @property
+    def seen(self) -> tuple[Ints, Ints]:
+        """Items of the histories as they came, and their offsets."""
+        return self.whole or (self.item_ids, self.offsets)
 
     @property
     def count(self) -> int:
@@ -90,6 +97,7 @@ class Requests:
             candidate_offsets=offsets([part.candidate_offsets for part in parts]),
             users=users,
             contextual=np.concatenate(contextual) if contextual else None,
+            whole=(np.concatenate([part.seen[0] for part in parts]), offsets([part.seen[1] for part in parts])),
             **columns,
         )
 
@@ -151,7 +159,7 @@ class Requests:
         if not (lengths > events).any():
             return self
         to_end = np.repeat(self.offsets[1:], lengths) - np.arange(len(self.item_ids))
-        return self._keep(to_end <= events)
+        return replace(self._keep(to_end <= events), whole=self.seen)
 
     def _keep(self, kept: npt.NDArray[np.bool_]) -> Requests:
         return replace(

@@ -140,10 +140,10 @@ class RetrievalModel:
         Args:
             requests: as in `score`; candidates do not matter.
             k: items for each.
-            exclude_seen: leave out the items of the history.
+            exclude_seen: leave out the items of the history, also of what the model does not read of it.
             search: how; None: exactly.
         """
-        seen = (requests.item_ids, requests.offsets) if exclude_seen else None
+        seen = requests.seen if exclude_seen else None
         found = (search or ExactSearch(self.items_VD)).search(self._users(requests), seen, k)
         ids, scores = (x.cpu().numpy() for x in found)
         nothing = (np.diff(requests.offsets) == 0)[:, None] | (ids == UNKNOWN)

@@ -38,6 +38,7 @@ from hstu_dist.inference.server_metrics import Metrics
 logger = logging.getLogger(__name__)
 
 _RETRY_SECONDS = "1"
+_POLL_SECONDS = 0.02
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -74,6 +75,7 @@ class Server:
         self.config = config
         self.metrics = Metrics(served.model.cache)
         self.stopping = False
+        self.under_way = 0
         self._score, self._retrieve = Reader(ScoreAsk), Reader(RetrieveAsk)
         limits = Limits(
             pending=config.max_pending,
@@ -134,7 +136,11 @@ class Server:
     async def _submit(self, job: _Job) -> Mapping[str, Any]:
         if self.stopping:
             raise OverloadedError
-        return await self.batcher.submit(job, len(job.requests.item_ids) + len(job.requests.candidate_ids))
+        self.under_way += 1
+        try:
+            return await self.batcher.submit(job, len(job.requests.item_ids) + len(job.requests.candidate_ids))
+        finally:
+            self.under_way -= 1
 
     def _compute(self, jobs: Sequence[_Job]) -> list[Mapping[str, Any]]:
         """Answers of a batch, in order; runs in the scoring thread."""
@@ -248,7 +254,7 @@ async def _serve(server: Server, say: Callable[[str], None]) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    runner = web.AppRunner(server.application(), access_log=None, shutdown_timeout=config.stop_seconds)
+    runner = web.AppRunner(server.application(), access_log=None, shutdown_timeout=config.stop_seconds / 2)
     await runner.setup()
     try:
         site = web.TCPSite(runner, config.host, config.port)
@@ -262,6 +268,10 @@ async def _serve(server: Server, say: Callable[[str], None]) -> None:
         say(f"listening on http://{host}:{port}")
         await stop.wait()
         server.stopping = True
+        # while somebody is waited for, whoever comes hears why; afterwards nobody listens
+        deadline = loop.time() + config.stop_seconds / 2
+        while server.under_way and loop.time() < deadline:
+            await asyncio.sleep(_POLL_SECONDS)
     finally:
         await runner.cleanup()
     say("stopped")

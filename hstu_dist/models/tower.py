@@ -14,7 +14,6 @@ from hstu_dist.ops import backends
 from hstu_dist.ops.bias import NUM_TIME_BUCKETS, time_bucket
 from hstu_dist.ops.normalize import unit_rows
 from hstu_dist.ops.rows import drop_of, dropout
-from hstu_dist.ops.spec import Backend
 
 _INPUT_STREAM = 1 << 20
 
@@ -32,9 +31,7 @@ class Tower(nn.Module):
         super().__init__()
         self.width = config.width
         self.dropout = config.dropout
-        backend = backends.fastest(device) if config.backend == "auto" else Backend(config.backend)
-        if backend is not Backend.REFERENCE:
-            backends.load(backend)
+        backend = backends.chosen(config.backend, device)
         self.rows = backends.row_kernels(backend)
         self.position = nn.Embedding(config.max_length, config.width)
         bound = config.width**-0.5

@@ -89,6 +89,23 @@ def available(device: torch.device) -> list[Backend]:
     return [*fast, Backend.BLOCKED, Backend.REFERENCE]
 
 
+def chosen(name: str, device: torch.device) -> Backend:
+    """A backend by its name, loaded; `auto` is the fastest one.
+
+    Raises:
+        UserError: it cannot run on this machine, or not on this device.
+    """
+    backend = fastest(device) if name == "auto" else Backend(name)
+    if backend is Backend.NATIVE and device.type != "cpu":
+        raise UserError(
+            f"attention backend {backend}: computes on CPUs, but the device is {device.type}",
+            f"use backend=auto or one of {', '.join(map(str, available(device)))}, or trainer.device=cpu",
+        )
+    if backend is not Backend.REFERENCE:
+        load(backend)
+    return backend
+
+
 def fastest(device: torch.device) -> Backend:
     """The backend that `auto` stands for on a device."""
     return available(device)[0]

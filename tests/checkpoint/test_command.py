@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from hstu_dist.__main__ import main
 from hstu_dist.checkpoint.manager import CheckpointManager
+from hstu_dist.commands.checkpoint import weight_records
 from hstu_dist.config import save
 from hstu_dist.distributed.process_group import process_group
 from hstu_dist.errors import ExitCode
@@ -137,3 +140,13 @@ def test_looking_needs_no_torch(run: tuple[Path, dict[str, Tensor]]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_has_no_average_is_exported_as_it_is() -> None:
+    records = {name: object() for name in ("tower.a", "tower.mask", "average.tower.a", "optimizer.tower.a", "table.x")}
+    exported = weight_records(cast(Any, SimpleNamespace(tensors=records)))
+    assert exported == {
+        "tower.a": records["average.tower.a"],
+        "tower.mask": records["tower.mask"],
+        "table.x": records["table.x"],
+    }

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from hstu_dist.__main__ import main
+from hstu_dist.commands.trained import load_trained, run_of
+from hstu_dist.config import compose, save
 from hstu_dist.data.dataset import SequenceDataset
 from hstu_dist.data.vocabulary import Vocabulary
+from hstu_dist.errors import UserError
+from hstu_dist.inference.cache import StateCache
+from hstu_dist.inference.config import ModelUse
+from hstu_dist.inference.requests import Requests
+from hstu_dist.run_folder import RunFolder
 from tests.tiny import MAX_LENGTH
 
 
@@ -76,7 +86,7 @@ def test_retrieval_gives_the_metrics_of_the_run(
     assert answer("retrieve", tiny_run, f"output={output}", "k=10", *words) == 0
     found = rows(output)
     for ids, scores, own in zip(found["retrieved"], found["retrieved_scores"], found["item_ids"], strict=True):
-        assert len(set(ids)) == 10 and not set(ids) & set(own[-MAX_LENGTH:])
+        assert len(set(ids)) == 10 and not set(ids) & set(own)
         assert scores == sorted(scores, reverse=True)
 
 
@@ -106,11 +116,43 @@ def test_the_best_checkpoint_is_used(tiny_data: Path, tiny_run: Path, everybody:
     """Of two checkpoints, that of the best validation."""
     from hstu_dist.commands.checkpoint import find
     from hstu_dist.commands.trained import read_weights
-    from hstu_dist.run_folder import RunFolder
 
     result = json.loads((tiny_run / "result.json").read_text())
     assert read_weights(RunFolder(tiny_run), 8).step == 8 * result["best_epoch"]
-    assert len(find(tiny_run)) >= 1
+    # another one does not matter, such as one that training removes meanwhile
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_run, copy)
+    (RunFolder(copy).checkpoints / "step-00000001").mkdir()
+    assert len(find(copy)) > 1 and read_weights(RunFolder(copy), 8).step == 8 * result["best_epoch"]
+
+
+@pytest.mark.distributed
+def test_a_run_of_another_machine_computes_on_this_one(tiny_run: Path) -> None:
+    config, folder = run_of(tiny_run, ())
+    use = ModelUse(device="cpu", threads=1)
+    model = load_trained(config, folder, use, StateCache(0)).model
+    # its kernels are for GPUs
+    gpu = replace(config, model=replace(config.model, backend="triton"))
+    other = load_trained(gpu, folder, use, StateCache(0)).model
+    events, nothing = np.arange(3), np.zeros(2, dtype=np.int64)
+    requests = Requests(
+        offsets=np.array([0, 3]),
+        item_ids=events,
+        timestamps=events,
+        actions=0 * events,
+        candidate_offsets=np.array([0, 3]),
+        candidate_ids=events + 5,
+        times=nothing[:1] + 9,
+    )
+    assert np.array_equal(model.score(requests, 8)["scores"], other.score(requests, 8)["scores"])
+
+
+def test_items_of_hashed_streams_have_no_names(tmp_path: Path) -> None:
+    words = ["name=x", "data=stream", f"data.path={tmp_path}", "data.num_items=9", "trainer.epochs=null"]
+    for kind, refused in (("hashed", True), ("dense", False)):
+        save(compose([*words, f"data.item_ids={kind}"]), RunFolder(tmp_path).config_file)
+        with pytest.raises(UserError, match=r"data\.item_ids=hashed") if refused else contextlib.nullcontext():
+            run_of(tmp_path, ())
 
 
 def asked(**changes: Any) -> dict[str, Any]:
@@ -160,6 +202,7 @@ def test_unknown_items_and_empty_histories(tiny_run: Path, tmp_path: Path) -> No
         (asked(timestamps=[[10, 20, 2**62], [5]]), [], "row 0: timestamps: got 4611686018427387904 as event 2"),
         (asked(time=[30, 4]), [], "row 1: timestamps: got 5 as event 0, expected none after the time of the request"),
         (asked(time=[30, None]), [], "row 1: time is null"),
+        (asked(time=["2024-01-01", "now"]), [], "column time: got text, expected integers"),
         (asked(item_ids=[[1, 2, 3], [99]]), [], "row 1: item_ids: got an item at place 0"),
         (asked(candidates=[[5, 99], [7]]), [], "row 0: candidates: got an item at place 1"),
         (asked(candidates=[[5, None], [7]]), [], "row 0: candidates holds a null"),

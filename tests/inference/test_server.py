@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -21,13 +22,14 @@ import pytest
 
 pytest.importorskip("aiohttp")
 
+from aiohttp import ClientSession
 from aiohttp.test_utils import TestClient, TestServer
 
 from hstu_dist.commands.trained import Trained, load_trained, run_of
 from hstu_dist.inference.cache import StateCache
 from hstu_dist.inference.config import ModelUse, ServeConfig
 from hstu_dist.inference.requests import Requests
-from hstu_dist.inference.server import Served, Server
+from hstu_dist.inference.server import Served, Server, _serve
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ServeConfig(max_candidates=50, max_events=40, max_body_bytes=20_000, timeout_seconds=20)
@@ -270,6 +272,34 @@ def test_the_command_serves_until_it_is_asked_to_stop(tiny_run: Path, trained: T
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 0
         assert process.stdout.read() == "stopped\n" and process.stderr.read() == ""
+
+
+@pytest.mark.distributed
+def test_whoever_comes_while_it_stops_hears_so(trained: Trained) -> None:
+    async def scenario() -> tuple[list[int], str]:
+        served = Served(model=trained.model, inputs=trained.inputs, description={"step": trained.step})
+        server, said = Server(served, replace(CONFIG, port=0)), list[str]()
+        serving = asyncio.create_task(_serve(server, said.append))
+        while not said:
+            await asyncio.sleep(0.02)
+        url = said[0].split()[-1]
+        async with ClientSession() as client:
+            with slowed(server, 0.5):
+                under_way = asyncio.create_task(client.post(f"{url}/v1/score", json=ask([1], [2])))
+                await asyncio.sleep(0.2)
+                os.kill(os.getpid(), signal.SIGTERM)
+                await asyncio.sleep(0.1)
+                # connections of their own
+                async with ClientSession() as late:
+                    statuses = [
+                        (await late.get(f"{url}/health")).status,
+                        (await late.post(f"{url}/v1/score", json=ask([1], [2]))).status,
+                        (await under_way).status,
+                    ]
+            await serving
+        return statuses, said[-1]
+
+    assert asyncio.run(scenario()) == ([503, 503, 200], "stopped")
 
 
 @pytest.mark.distributed
