@@ -84,7 +84,9 @@ def ids_of(column: Column) -> pa.Array:
         return _exact_floats(column, "store the ids as int64 or text")
     if pa.types.is_large_string(dtype):
         column.reject_any(pc.equal(column.values, ""), "an id", "drop such rows")
-        return _flat(column.values)
+        flat = _flat(column.values)
+        _check_unicode(column, flat)
+        return flat
     _wrong_type(column, "integers or text")
 
 
@@ -273,6 +275,18 @@ def _wrong_type(column: Column, expected: str, remedy: str = "convert the column
     raise UserError(
         f"{column.locate(0)}: column '{column.name}': got type {column.values.type}, expected {expected}", remedy
     )
+
+
+def _check_unicode(column: Column, texts: pa.Array) -> None:
+    try:
+        texts.validate(full=True)
+    except pa.ArrowInvalid:
+        for row, value in enumerate(texts):
+            try:
+                value.as_py()
+            except UnicodeDecodeError:
+                column.reject(row, "text in UTF-8", "store the ids in UTF-8, or as int64")
+        raise
 
 
 def _flat(values: pa.ChunkedArray) -> pa.Array:

@@ -72,7 +72,7 @@ class SequenceDataset:
         manifest = load_manifest(Path(path))
         flat = open_columns(folder, manifest)
         if flat is None:
-            with exclusive(folder):
+            with exclusive(folder, replaces=False):
                 flat = open_columns(folder, manifest)
                 flat = flat or _make_columns(folder, manifest)
         events = flat.events

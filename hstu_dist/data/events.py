@@ -227,8 +227,8 @@ class OpenLog:
 
     def sample_users(self) -> pa.Array:
         """Users of a few row groups of every file, or of some files if there are many."""
-        step = -(-len(self.tables) // _SAMPLED_ROW_GROUPS)
-        tables = self.tables[::step]
+        filled = [table for table in self.tables if table.num_rows]
+        tables = filled[:: -(-len(filled) // _SAMPLED_ROW_GROUPS)]
         groups = max(1, _SAMPLED_ROW_GROUPS // len(tables))
         name = self.config.user_column
         every = max(1, sum(table.num_rows for table in tables) // _SAMPLED_USERS)
@@ -242,7 +242,8 @@ class OpenLog:
             # a sample does not know its place: reading in order finds the first value that is wrong
             deque(self.batches(), maxlen=0)
             raise
-        return pa.concat_arrays(pieces)
+        # the row groups that were looked into may be empty
+        return pa.concat_arrays(pieces) if pieces else next(e.users for e in self.batches() if len(e.users))
 
     def _actions(self, columns: Mapping[str, Column], count: int) -> npt.NDArray[np.int32]:
         config = self.config

@@ -76,8 +76,9 @@ class LogFile:
 def find_files(pattern: str) -> list[LogFile]:
     """Files that a path, folder, glob or URL names, in order of their paths.
 
-    A folder is searched recursively for files of a known format; names that start with a dot or an underscore are
-    passed over. In a glob `**` stands for any number of folders; in a URL what follows `?` are options of the file
+    A folder is searched recursively for files of a known format; files and folders whose names start with a dot or an
+    underscore are passed over: logs of a table, attempts that were never committed. So they are in a glob, unless it
+    has such a name itself; `**` stands for any number of folders. In a URL what follows `?` are options of the file
     system, such as `endpoint_override`.
 
     Raises:
@@ -156,14 +157,28 @@ def _resolve(pattern: str) -> tuple[str, fs.FileSystem, str]:
 
 
 def _glob(filesystem: fs.FileSystem, path: str) -> list[fs.FileInfo]:
-    if not _WILDCARDS.search(path):
+    wildcard = _WILDCARDS.search(path)
+    if wildcard is None:
         return []
-    matched = ArrowFSWrapper(filesystem).glob(path)
-    return [entry for entry in filesystem.get_file_info(list(matched)) if entry.type == fs.FileType.File]
+    if "/" not in path[: wildcard.start()]:
+        # it finds nothing without a folder to begin with
+        path = f"./{path}"
+    matched = filesystem.get_file_info(list(ArrowFSWrapper(filesystem).glob(path)))
+    base = re.split(_WILDCARDS, path)[0].rpartition("/")[0] or "/"
+    # as in a shell, whoever wants them names them
+    wanted = _is_hidden(base, path)
+    return [
+        entry for entry in matched if entry.type == fs.FileType.File and (wanted or not _is_hidden(base, entry.path))
+    ]
 
 
 def _is_log(folder: str, path: str) -> bool:
-    return _known(path) and not os.path.basename(path).startswith((".", "_"))
+    return _known(path) and not _is_hidden(folder, path)
+
+
+def _is_hidden(folder: str, path: str) -> bool:
+    below = os.path.relpath(path, folder).split("/")
+    return any(part.startswith((".", "_")) and part != ".." for part in below)
 
 
 def _known(path: str) -> bool:

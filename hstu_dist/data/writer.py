@@ -60,8 +60,12 @@ class Sequences:
 
 
 @contextmanager
-def exclusive(target: Path) -> Iterator[None]:
+def exclusive(target: Path, *, replaces: bool = True) -> Iterator[None]:
     """Hold the right to write `target`; waits for another process that has it, and cleans up after a killed one.
+
+    Args:
+        target: folder of a data set.
+        replaces: whether what is there is going to be replaced, not only added to.
 
     Raises:
         UserError: `target` holds something that is no data set, or the folder above it cannot be written.
@@ -72,7 +76,8 @@ def exclusive(target: Path) -> Iterator[None]:
     try:
         with os_errors_of(target):
             _clean_up(target)
-            _check_replaceable(target)
+            if replaces:
+                _check_replaceable(target)
         yield
     finally:
         # while it is held: who waits for it finds that the file has gone, and makes another

@@ -85,6 +85,17 @@ def test_equal_files_without_events_are_no_duplicates(log: Path, tmp_path: Path)
 
 
 @SUFFIXES
+def test_folders_whose_first_files_have_no_events(log: Path, tmp_path: Path, suffix: str) -> None:
+    for day in range(10):
+        folder = log / f"day={day:02}"
+        folder.mkdir()
+        empty = {name: pa.array([], pa.int64()) for name in ("user", "item", "time")}
+        write_log(folder / f"app.{suffix}", empty)
+        write_log(folder / f"web.{suffix}", {"user": [day, 3], "item": [1, 2], "time": [day, day]})
+    assert prepare(log_config(log, tmp_path / "set")).num_events == 20
+
+
+@SUFFIXES
 def test_a_new_column_and_another_order_of_columns_do_not_matter(log: Path, tmp_path: Path, suffix: str) -> None:
     write_log(log / f"a.{suffix}", columns(["x"]))
     write_log(log / f"b.{suffix}", {"new": [1], **dict(reversed(columns(["y"], 5).items()))})

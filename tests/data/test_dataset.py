@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from hstu_dist.data import writer
 from hstu_dist.data.dataset import SequenceDataset
+from hstu_dist.data.flat_columns import FLAT_FOLDER
 from hstu_dist.data.prepare import prepare
 from hstu_dist.data.schema import MANIFEST_FILE, SEQUENCE_SCHEMA, SEQUENCES_FILE
 from hstu_dist.errors import UserError
@@ -26,6 +28,12 @@ def folder(tmp_path: Path) -> Path:
     log = write_log(tmp_path / "log.csv", {"user": USERS, "item": ITEMS, "time": TIMES})
     prepare(log_config(log, tmp_path / "set"))
     return tmp_path / "set"
+
+
+def test_other_files_in_the_folder_do_no_harm(folder: Path) -> None:
+    (folder / "README.md").write_text("ours")
+    shutil.rmtree(folder / FLAT_FOLDER, ignore_errors=True)
+    assert SequenceDataset.open(folder).num_sequences == 2 and (folder / "README.md").exists()
 
 
 def test_content(folder: Path) -> None:

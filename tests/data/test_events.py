@@ -13,6 +13,7 @@ import pytest
 
 from hstu_dist.data.config import EventsConfig
 from hstu_dist.data.events import EventLog, EventTable
+from hstu_dist.data.log_files import find_files
 from hstu_dist.errors import UserError
 from tests.data.cases import log_config, read_log, write_log
 
@@ -120,11 +121,31 @@ def test_folder_and_glob_read_files_in_order(tmp_path: Path) -> None:
         write_log(tmp_path / f"day={day}" / "log.csv", {**GOOD, "item": [day] * 3})
     (tmp_path / "_SUCCESS").touch()
     (tmp_path / "notes.txt").write_text("not a log")
+    for hidden in ("_delta_log", "_temporary/0", ".ipynb_checkpoints"):
+        (tmp_path / hidden).mkdir(parents=True)
+        write_log(tmp_path / hidden / "log.csv", {**GOOD, "item": [9] * 3})
     for config in (log_config(tmp_path), log_config(tmp_path / "*" / "*.csv")):
         log = EventLog(config)
         assert list(log.fingerprint()) == ["day=1/log.csv", "day=2/log.csv"]
         assert read_log(config).items.to_pylist() == [1, 1, 1, 2, 2, 2]
     assert read_log(log_config(tmp_path)).origin.locate(4) == f"{tmp_path}/day=2/log.csv row 2"
+
+
+def test_a_glob_finds_hidden_files_only_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "_x/b", "d/c", "d/.e/f"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{name}.csv").touch()
+    monkeypatch.chdir(tmp_path)
+    for pattern, names in {
+        "*.csv": ["a"],
+        "**/*.csv": ["a", "d/c"],
+        "_x/*.csv": ["_x/b"],
+        f"{tmp_path}/*/*.csv": ["d/c"],
+        f"{tmp_path}/**/.e/*.csv": ["d/.e/f"],
+        f"../{tmp_path.name}/*/*.csv": ["d/c"],
+        ".": ["a", "d/c"],
+    }.items():
+        assert [Path(file.path).resolve() for file in find_files(pattern)] == [tmp_path / f"{n}.csv" for n in names]
 
 
 def test_compressed_tab_separated(tmp_path: Path) -> None:
@@ -181,6 +202,11 @@ BAD_COLUMNS: list[tuple[str, dict[str, Any], str]] = [
     ("csv", {"user": ["1", str(-(2**63) - 1), "2"]}, r"row 2: column 'user': got '-9223372036854775809', expected"),
     ("csv", {"user": ["1", "1" * 40, "2"]}, r"row 2: column 'user': got '1{40}', expected .* int64"),
     ("parquet", {"user": ["a", "", "b"]}, r"row 2: column 'user': got '', expected an id"),
+    (
+        "parquet",
+        {"user": pa.array([b"a", b"Jos\xe9", b"b"]).view(pa.string())},
+        r"row 2: column 'user': got b'Jos\\xe9', expected text in UTF-8",
+    ),
     ("parquet", {"user": [[1], [2], [3]]}, r"column 'user': got type list.*, expected integers or text"),
     ("parquet", {"user": pa.nulls(3)}, r"row 1: column 'user': got None"),
 ]

@@ -107,12 +107,13 @@ class Follower:
             files, is_last = self._list()
             done = 0
             for file in files:
+                # before the first one, too: a session that goes on may have reached the end before it was killed
+                if self._stop.is_set() or self.pipeline.windower.has_ended:
+                    break
                 finished = self._take(file)
                 done += finished
                 is_last &= finished
                 self._make_windows(at_end=False)
-                if self._stop.is_set() or self.pipeline.windower.has_ended:
-                    break
             if self.pipeline.windower.has_ended or (is_last and not self._stop.is_set()):
                 self._make_windows(at_end=True)
                 self._end()

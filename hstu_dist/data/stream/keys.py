@@ -9,7 +9,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from hstu_dist.data.columns import INTEGER_TEXT
 from hstu_dist.data.draws import GOLDEN, Words, mix
 from hstu_dist.data.stream.config import ItemIds
 from hstu_dist.errors import UserError
@@ -18,7 +20,7 @@ Ints = npt.NDArray[np.int64]
 
 
 def user_keys(ids: pa.Array) -> Ints:
-    """[E] int64: integers as they are, text hashed."""
+    """[E] int64: integers as they are, also where they are written as text; other text hashed."""
     return _words(ids).view(np.int64)
 
 
@@ -49,8 +51,23 @@ def _words(ids: pa.Array) -> Words:
         return integers.view(np.uint64)
     # ids repeat: each distinct text is hashed once
     encoded = ids.dictionary_encode()
-    words: Words = text_words(encoded.dictionary)[encoded.indices.to_numpy()]
-    return words
+    words = text_words(encoded.dictionary)
+    places, integers = _integers_among(encoded.dictionary)
+    words[places] = integers.view(np.uint64)
+    found: Words = words[encoded.indices.to_numpy()]
+    return found
+
+
+def _integers_among(texts: pa.Array) -> tuple[Ints, Ints]:
+    """Places and values of the texts that are int64 in the one way that it is written in."""
+    lengths, limits = pc.binary_length(texts), np.iinfo(np.int64)
+    # as many digits as the limits: of equally long texts the order is that of the digits
+    fits = pc.and_(pc.less_equal(lengths, 18), pc.match_substring_regex(texts, INTEGER_TEXT))
+    for pattern, limit in ((r"^[1-9][0-9]{18}$", limits.max), (r"^-[1-9][0-9]{17,18}$", limits.min)):
+        small = pc.or_(pc.less(lengths, len(str(limit))), pc.less_equal(texts, pa.scalar(str(limit), texts.type)))
+        fits = pc.or_(fits, pc.and_(pc.match_substring_regex(texts, pattern), small))
+    places: Ints = fits.to_numpy(zero_copy_only=False).nonzero()[0]
+    return places, texts.take(pa.array(places)).cast(pa.int64()).to_numpy()
 
 
 def text_words(texts: pa.Array) -> Words:

@@ -13,7 +13,7 @@ from hstu_dist.data.stream.archive import Archive, Arrays, Window, window_of
 from hstu_dist.data.stream.config import StreamConfig
 from hstu_dist.data.stream.histories import Histories, UserEvents
 from hstu_dist.data.stream.popularity import Popularity
-from hstu_dist.data.stream.quarantine import Quarantine
+from hstu_dist.data.stream.quarantine import CHANGED, Quarantine
 from hstu_dist.data.stream.reading import Events, Reader, is_event_file
 from hstu_dist.data.stream.source import SourceFile
 from hstu_dist.data.stream.windows import ClosedWindow, Windower
@@ -39,13 +39,15 @@ class Pipeline:
         self._files: dict[int, int] = {}
         self._contents: set[int] = set()
         self._restore()
+        # the last ones came after the state was saved; looked at again, at another time, they might pass
+        self._files |= {_hash(file.path.encode()): _fingerprint(file) for file in quarantine.unused}
 
     def is_new(self, file: SourceFile) -> bool:
         """Whether a file was not read yet; one that changed since it was read is set aside and counts as read."""
         known = self._files.get(_hash(file.path.encode()))
         if known is not None and known != _fingerprint(file):
             self._files[_hash(file.path.encode())] = _fingerprint(file)
-            self.quarantine.add(file, "changed after it was read; the events of the first reading stay, no others come")
+            self.quarantine.add(file, CHANGED)
         return known is None
 
     def set_aside(self, file: SourceFile, reason: str) -> None:

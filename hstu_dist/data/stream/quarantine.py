@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hstu_dist.data.stream.source import SourceFile
+
+CHANGED = "changed after it was read; the events of the first reading stay, no others come"
 
 _log = logging.getLogger(__name__)
 
@@ -21,25 +24,29 @@ class Quarantine:
     """
 
     path: Path
-    _listed: set[tuple[str, int, int]] = field(init=False)
+    _listed: dict[SourceFile, str] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._listed = set()
+        self._listed = {}
         if self.path.exists():
             for line in self.path.read_text().splitlines():
                 try:
                     entry = json.loads(line)
-                    self._listed.add((entry["path"], entry["size"], entry["mtime_ns"]))
+                    self._listed[SourceFile(entry["path"], entry["size"], entry["mtime_ns"])] = entry["reason"]
                 except (ValueError, KeyError, TypeError):
                     # a killed process can leave half a line at the end
                     continue
 
+    @property
+    def unused(self) -> Iterator[SourceFile]:
+        """Files of which nothing was read, also by interrupted sessions, in order."""
+        return (file for file, reason in self._listed.items() if reason != CHANGED)
+
     def add(self, file: SourceFile, reason: str) -> None:
         """Lists a file, unless an interrupted session of the run has done so."""
-        key = (file.path, file.size, file.mtime_ns)
-        if key in self._listed:
+        if file in self._listed:
             return
-        self._listed.add(key)
+        self._listed[file] = reason
         _log.warning("stream: %s is set aside: %s", file.path, reason)
         entry = {"path": file.path, "size": file.size, "mtime_ns": file.mtime_ns, "reason": reason}
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -66,7 +66,8 @@ class Reader:
 
     Attributes:
         config: of the stream.
-        id_types: column → integers or text, as the first file had it; part of the stream's state.
+        id_types: column → integers or text, as the first Parquet file had it; part of the stream's state. CSV has no
+            types: in one file ids may all be integers, in the next one not.
     """
 
     config: StreamConfig
@@ -101,7 +102,8 @@ class Reader:
             actions = actions_of(columns[config.action_column])
         rows = item_ids(items, config.num_items, config.item_ids)
         # last, when nothing else can be wrong: a file that is set aside must not decide types
-        self._check_types({config.user_column: users, config.item_column: items})
+        if not is_csv:
+            self._check_types({config.user_column: users, config.item_column: items})
         events = Events(user_keys(users), rows, seconds, actions)
         if (np.diff(order_times) < 0).any():
             events = events.at(np.argsort(order_times, kind="stable"))
@@ -144,10 +146,9 @@ def _parse_parquet(content: bytes, names: list[str]) -> pa.Table:
 
 def _parse_csv(path: str, content: bytes, names: list[str]) -> pa.Table:
     plain = gzip.decompress(content) if path.lower().endswith(".gz") else content
-    header = plain.split(b"\n", 1)[0].decode("utf-8", "replace").strip()
-    delimiter = "\t" if ".tsv" in path.lower().rsplit("/", 1)[-1] else ","
-    _check_columns([name.strip('"') for name in header.split(delimiter)], names)
-    parse = pa_csv.ParseOptions(delimiter=delimiter)
+    parse = pa_csv.ParseOptions(delimiter="\t" if ".tsv" in path.lower().rsplit("/", 1)[-1] else ",")
+    with pa_csv.open_csv(pa.BufferReader(plain), parse_options=parse) as reader:
+        _check_columns(reader.schema.names, names)
     return pa_csv.read_csv(pa.BufferReader(plain), parse_options=parse, convert_options=as_text(names))
 
 

@@ -55,6 +55,12 @@ def test_a_declared_end_ends_the_stream(tmp_path: Path) -> None:
         while eventually(follower, done) is Progress.READY:
             done += 1
         assert follower.pipeline.windower.counts.after_end > 0 and done < 6
+        read = follower.pipeline.windower.counts.read
+    # nor does a session that goes on read any more
+    write_part(files, events_of(1, seed=3).pop(), "hour=9999/part-0.parquet")
+    with following(files, tmp_path, end="2023-11-15T01:30") as follower:
+        assert eventually(follower, done) is Progress.ENDED
+        assert follower.pipeline.windower.counts.read == read
 
 
 @pytest.mark.slow

@@ -97,6 +97,16 @@ def test_files_that_cannot_be_used_are_listed_once_and_the_rest_is_read(tmp_path
     assert opened(tmp_path, config)[-1].facts["read"] == sum(map(len, parts))
 
 
+def test_what_was_set_aside_stays_so_whenever_it_is_looked_at_again(tmp_path: Path) -> None:
+    files = write_stream(tmp_path / "files", events_of(2), end=False)
+    config = config_of(files)
+    # a day and more ahead of a clock; killed before a window was committed
+    drain(pipeline_of(config, tmp_path), at_end=False, now=START - 2.0 * config.max_skew_seconds)
+    assert len(quarantined(tmp_path)) == 2
+    pipeline = pipeline_of(config, tmp_path)
+    assert drain(pipeline) == [] and pipeline.windower.counts.read == 0 and len(quarantined(tmp_path)) == 2
+
+
 def test_a_file_that_changes_after_it_was_read_is_not_read_again(tmp_path: Path) -> None:
     parts = events_of(3)
     files = write_stream(tmp_path / "files", parts, end=False)

@@ -111,12 +111,38 @@ def test_a_bad_first_file_does_not_decide_types() -> None:
     assert len(reader.read("good.parquet", parquet(), NOW)) == 3
 
 
+def test_text_ids_of_csv_need_not_look_like_text_in_every_file() -> None:
+    reader = Reader(config_of("x", item_ids="raw"))
+    numbers = CSV.splitlines()[0] + b"\n7,1556343108,%d,0\n" % START
+    # all integers, first or later, and among texts
+    first = reader.read("a.csv", numbers, NOW)
+    mixed = reader.read("b.csv", numbers + b"u7,B000123456,%d,0\n7,0439893577,%d,0\n" % (START, START), NOW)
+    later = reader.read("c.csv", numbers, NOW)
+    assert first.items[0] == mixed.items[0] == later.items[0] == 1556343108 and len(set(mixed.items.tolist())) == 3
+    assert mixed.users.tolist()[::2] == [7, 7] and mixed.users[1] != 7
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name() -> None:
+    read = Reader(config_of("x")).read("a.csv", b"\xef\xbb\xbf" + CSV.replace(b"\n", b"\r\n"), NOW)
+    assert len(read) == len(Reader(config_of("x")).read("a.csv", CSV, NOW)) > 0
+
+
+def test_an_integer_is_the_same_id_as_text() -> None:
+    limits = np.iinfo(np.int64)
+    numbers = [0, 5, -5, 10**17, 10**18 - 1, 10**18, -(10**17), -(10**18), limits.max, limits.min, limits.max - 1]
+    texts = pa.array(
+        [*map(str, numbers), str(limits.max + 1), str(limits.min - 1), "007", "-0", "+5"], pa.large_string()
+    )
+    keys = user_keys(texts).tolist()
+    assert keys[: len(numbers)] == numbers and not set(keys[len(numbers) :]) & {7, 0, 5}
+
+
 def test_a_file_without_rows_is_no_error() -> None:
     assert len(Reader(config_of("x")).read("a.csv", b"user_id,item_id,timestamp,action\n", NOW)) == 0
 
 
 def test_texts_are_told_apart_wherever_they_lie() -> None:
-    texts = ["a", "b", "ab", "ba", "aab", "é", "x" * 1000, "x" * 1001, "a\0", "\0a", *map(str, range(5000))]
+    texts = ["a", "b", "ab", "ba", "aab", "é", "x" * 1000, "x" * 1001, "a\0", "\0a", *(f"{n}." for n in range(5000))]
     words = text_words(pa.array(texts, pa.large_string()))
     assert len(set(words.tolist())) == len(texts)
     # of a slice, and through a dictionary, as alone
