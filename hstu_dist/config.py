@@ -387,6 +387,7 @@ _MAY_CHANGE = (
     "experiment",
     "output",
     "embedding.plan",
+    "embedding.sharding",
     "trainer.epochs",
     "trainer.stop_epoch",
     "trainer.threads",

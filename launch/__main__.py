@@ -59,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(arguments)
     try:
         if options.words and options.words[0] in _QUESTIONS:
+            if options.dry_run or options.multirun:
+                raise UserError(f"{options.words[0]}: takes no options", f"give `{options.words[0]} FOLDER` alone")
             return _ask(options.words)
         overrides, dry_run_key = _split_dry_run(options.words)
         dry_run = dry_run_key or options.dry_run

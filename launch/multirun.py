@@ -269,7 +269,8 @@ def _suffix(swept: Mapping[str, str]) -> str:
 def _work_off(cells: Sequence[Cell], jobs: int) -> int | None:
     """Launches the cells in order, so many at a time; the signal that stopped it, if one did."""
     with stop_signals() as received:
-        for cell in cells:
+        # a sweeper may ask for one twice
+        for cell in {cell.config.name: cell for cell in cells}.values():
             if cell.result is not None:
                 continue
             while not received and sum(c.state == "running" for c in cells) >= jobs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -30,10 +31,9 @@ def checked_folder(config: RunConfig, program: Program = "train") -> RunFolder:
         UserError: one line that says what does not fit and how to mend it.
     """
     if program == "train":
-        # the fewest ranks are those with the fullest memory
-        preflight(config, config.least_world_size)
-        if config.least_world_size < config.world_size:
-            preflight(config, config.world_size)
+        # every number of machines that an elastic run may go on with
+        for ranks in range(config.least_world_size, config.world_size + 1, config.nproc):
+            preflight(config, ranks)
     folder = RunFolder(config.run_dir)
     if program == "doctor":
         folder.check(config, needed_bytes=0)
@@ -85,13 +85,16 @@ def launched(path: Path) -> RunConfig:
     """Settings of the run that was last launched in a folder, wherever it was launched from.
 
     Raises:
-        UserError: none was.
+        UserError: none was, or it was moved.
     """
     file = RunFolder(path).launch_file
     if not file.exists():
         raise UserError(f"{path}: no run was launched here", "give the folder of a run, such as runs/ml1m")
+    config, folder = load(file), Path(os.path.abspath(path))
+    if folder.name != config.name:
+        raise UserError(f"{path}: holds the run {config.name} under another name", f"name the folder {config.name}")
     # a relative `output` is that of the folder it was launched in
-    return replace(load(file), output=str(path.resolve().parent))
+    return replace(config, output=str(folder.parent))
 
 
 def find_program(name: str) -> None:

@@ -369,6 +369,7 @@ def test_a_bad_file_is_one_line(content: str | None, expected: str, tmp_path: Pa
         "trainer.logging.wandb=offline",
         "trainer.checkpoint.keep=9",
         "trainer.profile.first_step=3",
+        "embedding=table_wise",
     ],
 )
 def test_what_may_change_between_two_starts_of_a_run(override: str) -> None:
@@ -383,7 +384,6 @@ def test_what_may_change_between_two_starts_of_a_run(override: str) -> None:
         ("seed=2", ["seed: 1 -> 2"]),
         ("trainer.global_batch_size=64", ["trainer.global_batch_size: 128 -> 64"]),
         ("trainer.batching.by=tokens", ["trainer.batching.by: sequences -> tokens"]),
-        ("embedding=table_wise", ["embedding.sharding: row_wise -> table_wise"]),
         ("trainer.train_on=train_validation", ["trainer.train_on: train -> train_validation"]),
         (
             "loss=full_softmax",

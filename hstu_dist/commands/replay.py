@@ -61,7 +61,7 @@ def replay(folder: Path, say: Callable[[str], None]) -> None:
             session = build_model(config, world, config.data.num_items)
         else:
             session = open_session(config, world)
-        weights = _restore(session, CheckpointManager(run.checkpoints, config.trainer.checkpoint.keep), refused[0].step)
+        weights = _restore(session, run, refused[0].step)
         say(f"step {refused[0].step}: {refused[0].refusal.reason}; with {weights.describe(refused[0].step)}:")
         step = TrainStep(session.objective(), session.optimizers, world)
         for file, share in zip(files, refused, strict=True):
@@ -75,10 +75,14 @@ def _alone(config: RunConfig) -> RunConfig:
     return replace(config, embedding=embedding, trainer=trainer)
 
 
-def _restore(session: ModelSession, checkpoints: CheckpointManager, step: int) -> Weights:
+def _restore(session: ModelSession, run: RunFolder, step: int) -> Weights:
     """Loads the newest checkpoint of the time before the step, or the one that was written for it."""
-    guard = session.config.trainer.guard
-    known = [s for s in checkpoints.steps() if s <= step + guard.max_refused]
+    # one that ended the run counts refused steps, which changed nothing: they are those that were kept
+    last = step
+    while (run.replay / f"step-{last:08d}").is_dir():
+        last += 1
+    checkpoints = CheckpointManager(run.checkpoints, session.config.trainer.checkpoint.keep)
+    known = [s for s in checkpoints.steps() if s <= last]
     if not known:
         return Weights(None)
     checkpoints.load(known[-1], session.tensors())

@@ -135,10 +135,12 @@ class Session(ModelSession):
         """Opens the data and builds the model, the same at any world size for a seed.
 
         Raises:
-            UserError: a split by time leaves nothing to train on or nothing to predict.
+            UserError: a split by time or of records leaves nothing to train on or nothing to predict.
         """
         dataset = SequenceDataset.open(config.prepared.path)
         moments = retrieval_moments(dataset, config.task)
+        if config.record_split is not None:
+            _check_records(dataset, config.record_split)
         return cls(**vars(build_model(config, world, dataset.num_items)), dataset=dataset, moments=moments)
 
     @property
@@ -218,6 +220,15 @@ def retrieval_moments(dataset: SequenceDataset, task: TaskConfig) -> Moments | N
                 "change task.validation_share and task.test_share, or use task.split=leave_one_out",
             )
     return moments
+
+
+def _check_records(dataset: SequenceDataset, cut: RecordSplit) -> None:
+    for split in (Split.TRAIN, Split.VALIDATION, Split.TEST):
+        if cut.parts(dataset.lengths, split).max(initial=0) < 2:
+            raise UserError(
+                f"data set {dataset.manifest.name}: its {split} part has no record of two events to learn or predict",
+                "change task.records, task.validation_share and task.test_share, or use longer records",
+            )
 
 
 def build_model(config: RunConfig, world: World, num_items: int) -> ModelSession:

@@ -111,13 +111,18 @@ def as_text(names: list[str]) -> pa_csv.ConvertOptions:
 
 def _copy_csv(file: LogFile, names: list[str], copy: Path) -> None:
     """The named columns of a CSV file as a Parquet file of texts."""
-    parse = pa_csv.ParseOptions(delimiter="\t" if ".tsv" in file.path.lower() else ",")
-    with file.filesystem.open_input_stream(file.path) as stream, pa_csv.open_csv(stream, parse_options=parse) as reader:
+    name = file.path.lower().rsplit("/", 1)[-1]
+    parse = pa_csv.ParseOptions(delimiter="\t" if ".tsv" in name else ",")
+    packed = "gzip" if name.endswith(".gz") else None
+    with (
+        file.filesystem.open_input_stream(file.path, packed) as stream,
+        pa_csv.open_csv(stream, parse_options=parse) as reader,
+    ):
         _check_columns(file, reader.schema.names, names)
     schema = pa.schema([(name, pa.string()) for name in names])
     read = pa_csv.ReadOptions(block_size=_READ_AHEAD_BYTES)
     with (
-        file.filesystem.open_input_stream(file.path) as stream,
+        file.filesystem.open_input_stream(file.path, packed) as stream,
         pa_csv.open_csv(stream, read_options=read, parse_options=parse, convert_options=as_text(names)) as reader,
         pq.ParquetWriter(copy, schema, compression="zstd") as writer,
     ):

@@ -189,6 +189,7 @@ def _up_to_date(target: Path, made_from: dict[str, Any]) -> Manifest | None:
     try:
         manifest = load_manifest(target)
         same = all(getattr(manifest, name) == value for name, value in made_from.items())
+        same &= list(manifest.action_fields) == list(made_from.get("action_fields", {}))
         return manifest if same and manifest.files == _hashes(target, manifest.files) else None
     except (UserError, OSError):
         return None

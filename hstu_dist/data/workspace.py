@@ -65,7 +65,8 @@ def workspace(root: Path, made_from: dict[str, Any]) -> Iterator[Workspace]:
         made_from: what determines the result.
     """
     recipe = root / MANIFEST_FILE
-    content = json.dumps(made_from, sort_keys=True).encode()
+    # as they were given: the order of several actions is how they are packed
+    content = json.dumps(made_from).encode()
     if root.exists() and not (recipe.exists() and recipe.read_bytes() == content):
         shutil.rmtree(root)
     if root.exists():

@@ -58,7 +58,7 @@ class RunData:
                 folder=folder,
                 config=config,
                 environment=folder.environment(),
-                result=folder.result() or {},
+                result=folder.finished(config.trainer.last_epoch) or {},
                 metrics=read_metrics(path),
                 plan=_json(path / "embedding_plan.json"),
                 manifest=_manifest(config),

@@ -88,9 +88,9 @@ def test_scores_that_are_no_numbers_hit_nothing() -> None:
 
 
 def test_hashing_gets_the_bytes_that_zch_needs_beside_its_rows() -> None:
-    # 32 fp32 and an accumulator; key, count, last step, as much while waiting, an index of two
+    # 32 fp32 and an accumulator; key, count, last step, as much while waiting, an index of two, a mask and a list
     assert bytes_per_row("hash") == 4 * 33
-    assert bytes_per_row("zch") == 4 * 33 + 8 * 8
+    assert bytes_per_row("zch") == 4 * 33 + 8 * 8 + 5
 
 
 @pytest.mark.slow

@@ -154,6 +154,13 @@ def test_compressed_tab_separated(tmp_path: Path) -> None:
     assert read(file).items.to_pylist() == [2]
 
 
+def test_formats_are_told_by_the_name_of_the_file_in_any_case(tmp_path: Path) -> None:
+    file = tmp_path / "clicks.tsv.export" / "LOG.CSV.GZ"
+    file.parent.mkdir()
+    file.write_bytes(gzip.compress(b"user,item,time\n1,2,3\n"))
+    assert read(file).items.to_pylist() == [2]
+
+
 def test_byte_order_mark_and_windows_lines(tmp_path: Path) -> None:
     file = tmp_path / "log.csv"
     file.write_bytes(b"\xef\xbb\xbfuser,item,time\r\n1,a,3\r\n")

@@ -94,6 +94,14 @@ exec sleep 60"""
     assert capfd.readouterr().err.count("10.0.0.2 is lost (exit code 255); the others go on, it is tried again") == 2
 
 
+def test_every_number_of_machines_must_do(overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    elastic = ["cluster.addresses=[a,b,c,d]", "cluster.min_nodes=2", "nproc=8", "trainer.global_batch_size=64"]
+    by_column = ["embedding.sharding=column_wise", "embedding.optimizer.kind=adamw", "model.width=256"]
+    kept = [word for word in overrides if word.partition("=")[0] not in ("nproc", "model.width", "cluster.addresses")]
+    assert main([*kept, *elastic, *by_column]) == 2
+    assert "column_wise cannot split width 256 over 24 ranks" in capsys.readouterr().err
+
+
 def test_bad_input_of_one_machine_is_not_tried_again(overrides: list[str], tmp_path: Path) -> None:
     line = '[ "$address" = a.example ] && exit 1; exit 2'
     assert main([*overrides, "cluster.start=ssh", "cluster.min_nodes=1", ssh(tmp_path, line)]) == 2

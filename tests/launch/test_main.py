@@ -230,6 +230,10 @@ def test_a_run_is_asked_about_from_anywhere(
     with RunFolder(here / "runs" / "tiny").lock():
         assert main(["cancel", "runs/tiny"]) == 2
         assert main(["cancel", str(here / "runs" / "tiny")]) == 0
+    (there / "runs" / "tiny").rename(there / "runs" / "old")
+    assert main(["cancel", "runs/old"]) == main(["cancel", str(here / "runs" / "tiny"), "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert "runs/old: holds the run tiny under another name" in said and "cancel: takes no options" in said
     assert (here / "runs" / "tiny" / "stop").exists() and not (there / "runs" / "tiny" / "stop").exists()
 
 

@@ -14,6 +14,7 @@ from hydra.errors import HydraException
 
 from hstu_dist.run_folder import RunFolder
 from hydra_plugins.hstu_dist_launcher import HstuDistLauncher
+from launch import multirun
 from launch.__main__ import main
 from launch.multirun import Cell, Sweep, fixed_settings, hand_to_sweeper
 from tests.launch.runs import REPOSITORY, Started
@@ -100,6 +101,15 @@ def test_a_run_is_named_after_what_it_varies(overrides: list[str], names: list[s
 
 
 @pytest.mark.slow
+def test_a_cell_that_is_asked_for_twice_starts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Cell] = []
+    monkeypatch.setattr(multirun, "_start", started.append)
+    words = ["experiment=ml1m", f"output={tmp_path}", "seed=2"]
+    cells = Sweep({"experiment", "output"}, None).plan([words, words])
+    assert multirun._work_off(cells, 4) is None
+    assert len(cells) == 2 and [cell.config.seed for cell in started] == [2]
+
+
 def test_a_bad_cell_is_refused_before_any_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["-m", "name=x", f"output={tmp_path}/runs", "model.width=48,0"]) == 2
     assert "model.width: " in capsys.readouterr().err

@@ -85,7 +85,10 @@ def replayed(data: Path, output: Path, poisoned: bool) -> list[str]:
             with torch.no_grad():
                 session.recommender.tower.get_parameter("encoder.layers.1.output.bias")[3] = math.nan
         state = TrainState(step=3).state_dict()
-        CheckpointManager(folder.checkpoints, keep=1).save(session.tensors(), state, best_step=-1)
+        manager = CheckpointManager(folder.checkpoints, keep=3)
+        manager.save(session.tensors(), state, best_step=-1)
+        # step 4 was refused, but step 5 was not
+        manager.save(session.tensors(), TrainState(step=6).state_dict(), best_step=-1)
         batch = next(session.loader(Split.TRAIN).epoch(0))
     save(of_many, folder.config_file)
     refusal = Refusal(batch, Workload.causal(batch.lengths.tolist()), "the loss is not a finite number on rank 7")

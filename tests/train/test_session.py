@@ -6,9 +6,11 @@ from typing import Any, cast
 
 import pytest
 
-from hstu_dist.commands.session import Session, sequence_cost
+from hstu_dist.commands.session import Session, _check_records, sequence_cost
 from hstu_dist.config import compose
+from hstu_dist.data.record_split import RecordSplit
 from hstu_dist.data.split import Split, split_rows
+from hstu_dist.errors import UserError
 from hstu_dist.models.flops import Workload
 from tests.data.cases import dataset_of
 from tests.train.cases import WORLD
@@ -25,6 +27,13 @@ def session_of(*overrides: str) -> Session:
 def lengths_of(session: Session, split: Split) -> dict[int, int]:
     batches = list(session.loader(split).epoch(0))
     return {row: n for b in batches for row, n in zip(b.row_ids.tolist(), b.lengths.tolist(), strict=True)}
+
+
+@pytest.mark.parametrize(("validation", "test", "part"), [(0.01, 0.3, "validation"), (0.3, 0.01, "test")])
+def test_records_leave_something_for_every_part(validation: float, test: float, part: str) -> None:
+    _check_records(DATA, RecordSplit(validation_share=0.3, test_share=0.3))
+    with pytest.raises(UserError, match=f"its {part} part has no record of two events"):
+        _check_records(DATA, RecordSplit(validation_share=validation, test_share=test))
 
 
 @pytest.mark.parametrize("train_on", [Split.TRAIN, Split.TRAIN_VALIDATION])

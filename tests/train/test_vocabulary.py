@@ -204,8 +204,8 @@ def test_memory_of_a_vocabulary_is_counted(tmp_path: Path) -> None:
     for kind in ("zch", "hash"):
         specs = specs_of(prepared(tmp_path, tmp_path, kind), 40)
         sizes[kind] = sum(configured_plan(specs, 2).bytes_per_rank(specs)) // specs["item"].shape.num_rows
-    # key, count, last step, as much while waiting, and an index of two
-    assert sizes["zch"] - sizes["hash"] == 8 * (3 + 3 + 2)
+    # key, count, last step, as much while waiting, and an index of two; of each rank a mask and a list
+    assert sizes["zch"] - sizes["hash"] == 8 * (3 + 3 + 2) + 2 * 5
 
 
 @pytest.mark.slow

@@ -110,7 +110,10 @@ class Reader:
         return events
 
     def _column(self, name: str, values: pa.ChunkedArray, is_csv: bool) -> Column:
-        untyped = is_text(values.type) and (is_csv or name == self.config.timestamp_column)
+        config = self.config
+        # ids of a CSV file stay the texts that they are, whatever the other rows look like; rows must be numbers
+        is_id = name == config.user_column or (name == config.item_column and config.item_ids != "dense")
+        untyped = is_text(values.type) and (name == config.timestamp_column or (is_csv and not is_id))
         reading = reading_of(values) if untyped else Reading.TEXT
         return Column(name=name, values=values, locate=lambda row: f"row {row + 1}", reading=reading)
 

@@ -116,6 +116,10 @@ def test_text_ids_of_csv_need_not_look_like_text_in_every_file() -> None:
     numbers = CSV.splitlines()[0] + b"\n7,1556343108,%d,0\n" % START
     # all integers, first or later, and among texts
     first = reader.read("a.csv", numbers, NOW)
+    # nor like numbers, which these are not
+    short = reader.read("d.csv", numbers + b"12e3,3.0,%d,0\n1234e567,%d,%d,0\n" % (START, 2**63 + 1, START), NOW)
+    named = reader.read("e.csv", numbers + b"12e3,3.0,%d,0\nguest,a,%d,0\n" % (START, START), NOW)
+    assert (short.users[1], short.items[1]) == (named.users[1], named.items[1]) and 12000 not in short.users
     mixed = reader.read("b.csv", numbers + b"u7,B000123456,%d,0\n7,0439893577,%d,0\n" % (START, START), NOW)
     later = reader.read("c.csv", numbers, NOW)
     assert first.items[0] == mixed.items[0] == later.items[0] == 1556343108 and len(set(mixed.items.tolist())) == 3
