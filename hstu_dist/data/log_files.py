@@ -177,8 +177,12 @@ def _is_log(folder: str, path: str) -> bool:
 
 
 def _is_hidden(folder: str, path: str) -> bool:
-    below = os.path.relpath(path, folder).split("/")
-    return any(part.startswith((".", "_")) and part != ".." for part in below)
+    return is_hidden(os.path.relpath(path, folder))
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a file is no part of a log: what is being written, and marks of other programs."""
+    return any(part.startswith((".", "_")) and part != ".." for part in path.split("/"))
 
 
 def _known(path: str) -> bool:

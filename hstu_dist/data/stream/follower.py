@@ -10,8 +10,9 @@ from enum import StrEnum
 from types import TracebackType
 from typing import TypeVar
 
+from hstu_dist.data.log_files import is_hidden
 from hstu_dist.data.stream.pipeline import Pipeline, moment
-from hstu_dist.data.stream.source import GrewError, Settling, Source, SourceFile, first_line, is_hidden
+from hstu_dist.data.stream.source import GrewError, Settling, Source, SourceFile, first_line
 from hstu_dist.errors import UserError
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0

@@ -119,11 +119,6 @@ class Settling:
         return ready
 
 
-def is_hidden(path: str) -> bool:
-    """Whether a stream leaves a file alone: what is being written, and marks of other programs."""
-    return any(part.startswith((".", "_")) for part in path.split("/"))
-
-
 def check_reachable(path: str) -> None:
     """Refuses a stream whose folder or bucket cannot be listed now; it may be empty.
 

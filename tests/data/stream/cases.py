@@ -9,12 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hstu_dist.data.log_files import is_hidden
 from hstu_dist.data.stream.archive import Archive, Window
 from hstu_dist.data.stream.config import StreamConfig
 from hstu_dist.data.stream.pipeline import Pipeline
 from hstu_dist.data.stream.quarantine import Quarantine
 from hstu_dist.data.stream.reading import Events
-from hstu_dist.data.stream.source import Source, is_hidden
+from hstu_dist.data.stream.source import Source
 
 HOUR = 3600
 START = 1_700_000_400 - 1_700_000_400 % HOUR
