@@ -53,14 +53,14 @@ def preflight(config: RunConfig, world_size: int, trains: bool = True) -> Manife
     else:
         manifest = _prepared(config)
         num_items = manifest.num_items
-    config.trainer.parallel.check(world_size)
-    config.embedding.check_replicas(world_size)
-    check_micro_batches(config, world_size)
+    check_ranks(config, world_size)
     check_plan(config, num_items, world_size // config.embedding.replicas)
     copies = config.trainer.checkpoint.keep + _CHECKPOINTS_AT_ONCE
     specs = specs_of(config, num_items)
     (table_bytes,) = configured_plan(specs, 1).bytes_per_rank(specs)
-    RunFolder(config.run_dir).check(config, needed_bytes=table_bytes * copies + (1 << 20) if trains else 0)
+    folder = RunFolder(config.run_dir)
+    folder.check(config, needed_bytes=table_bytes * copies + (1 << 20) if trains else 0)
+    folder.check_data(config, manifest)
     return manifest
 
 
@@ -108,12 +108,14 @@ def table_shapes(config: RunConfig, num_items: int) -> dict[str, TableShape]:
     return {ITEM: TableShape(num_items, config.model.width)}
 
 
-def check_micro_batches(config: RunConfig, world_size: int) -> None:
-    """Whether a rank's share of a step can be cut into so many parts.
+def check_ranks(config: RunConfig, world_size: int) -> None:
+    """Whether so many ranks can be arranged as the run asks, and a rank's share of a step cut into so many parts.
 
     Raises:
-        UserError: the share has fewer sequences.
+        UserError: they cannot, or the share has fewer sequences.
     """
+    config.trainer.parallel.check(world_size)
+    config.embedding.check_replicas(world_size)
     parts, share = config.trainer.micro_batches, config.trainer.global_batch_size / world_size
     if parts > max(1, share):
         raise UserError(

@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from hstu_dist.config import RunConfig, difference, load, save
+from hstu_dist.data.identity import DataIdentity
+from hstu_dist.data.schema import Manifest, find_manifest
+from hstu_dist.data.stream.config import StreamConfig
 from hstu_dist.errors import UserError
 from hstu_dist.files import write_atomically
 
@@ -60,6 +63,11 @@ class RunFolder:
     def launch_file(self) -> Path:
         """Resolved settings that a launcher hands to the ranks; `config_file` stays what the run was started with."""
         return self.path / "launch.yaml"
+
+    @property
+    def data_file(self) -> Path:
+        """Which prepared data the run was started with."""
+        return self.path / "data.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -131,6 +139,24 @@ class RunFolder:
             raise UserError(
                 f"run folder {self.path}: holds a run with other settings ({'; '.join(changed[:3])})",
                 "set name=NAME for a new run, or remove the folder",
+            )
+
+    def check_data(self, config: RunConfig, manifest: Manifest | None) -> None:
+        """Whether the run's prepared data is still what the run here was started with.
+
+        It passes where one of them is not known: the manifest is None, or the run left no record.
+
+        Raises:
+            UserError: it is not, or the record is damaged.
+        """
+        known = self.data()
+        changed = known.other_files(manifest.files) if known and manifest else []
+        if changed:
+            raise UserError(
+                f"run folder {self.path}: holds a run on other data than {config.data.path} has now "
+                f"({', '.join(changed[:3])})",
+                "bring that data back, or set name=NAME for a new run; if it is the same data, written by another "
+                f"version of a library, remove {self.data_file}",
             )
 
     def check_unused(self) -> None:
@@ -207,10 +233,25 @@ class RunFolder:
                 f"get the rights to {self._lock_file}, on a file system that has locks",
             ) from error
 
-    def describe(self, config: RunConfig) -> None:
-        """Writes the resolved settings and the environment (git commit, versions, machine)."""
+    def describe(self, config: RunConfig, data: DataIdentity | None = None) -> None:
+        """Writes the resolved settings, the environment (git commit, versions, machine) and which data it is."""
         save(config, self.config_file)
         _write_json(self.path / "environment.json", environment())
+        if data is not None:
+            write_atomically(self.data_file, data.to_json())
+
+    def data(self) -> DataIdentity | None:
+        """The prepared data that the run was started with; None for a stream, and for a run that left no record.
+
+        Raises:
+            UserError: the record is damaged.
+        """
+        try:
+            return DataIdentity.from_json(self.data_file.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.data_file}: cannot be read ({str(error)[:200]})", "remove it") from error
 
     def result(self) -> dict[str, Any] | None:
         """What `finish` wrote, or None for a run that has not finished."""
@@ -233,6 +274,11 @@ class RunFolder:
     def finish(self, result: dict[str, Any]) -> None:
         """Marks the run as finished."""
         _write_json(self.result_file, result)
+
+
+def manifest_of(config: RunConfig) -> Manifest | None:
+    """The manifest of a run's prepared data; None for a stream, and where the data has gone."""
+    return None if isinstance(config.data, StreamConfig) else find_manifest(Path(config.data.path))
 
 
 def _locks(file: IO[str], kind: int) -> bool:

@@ -64,7 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _ask(options.words)
         overrides, dry_run_key = _split_dry_run(options.words)
         dry_run = dry_run_key or options.dry_run
+        if options.jobs is not None and not options.multirun:
+            raise UserError(f"--jobs: got {options.jobs} for a single run", "add --multirun, or leave it out")
         if overrides and overrides[0] == "doctor":
+            if options.multirun:
+                raise UserError("doctor: takes no --multirun", "give the settings of one run")
             return _doctor(_in_full(overrides[1:]), dry_run)
         if options.multirun:
             return multirun.run(_in_full(overrides), options.jobs, _preview if dry_run else None)

@@ -28,7 +28,7 @@ from hstu_dist.config import RunConfig, compose, conf_dir, difference, explained
 from hstu_dist.console import say
 from hstu_dist.errors import ExitCode, UserError
 from hstu_dist.files import replacing
-from hstu_dist.run_folder import RunFolder
+from hstu_dist.run_folder import RunFolder, manifest_of
 from launch.local import stop_signals
 from launch.run_files import read_job
 
@@ -229,7 +229,7 @@ def _check_unchanged(cell: Cell) -> None:
     """Whether a finished run of the cell's name is what the cell asks for.
 
     Raises:
-        UserError: it was made with other settings.
+        UserError: it was made with other settings or from other data.
     """
     file = cell.folder.config_file
     changed = difference(load(file), cell.config) if cell.result is not None and file.exists() else []
@@ -238,6 +238,8 @@ def _check_unchanged(cell: Cell) -> None:
             f"{cell.config.name}: has finished with other settings ({'; '.join(changed[:3])})",
             "set output=FOLDER for a new sweep, or remove its folder",
         )
+    if cell.result is not None:
+        cell.folder.check_data(cell.config, manifest_of(cell.config))
 
 
 def predicted_cost(cells: Sequence[Cell]) -> str:

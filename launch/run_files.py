@@ -16,7 +16,7 @@ from hstu_dist.config import RunConfig, load, save
 from hstu_dist.errors import UserError
 from hstu_dist.files import write_atomically
 from hstu_dist.preflight import preflight
-from hstu_dist.run_folder import RunFolder
+from hstu_dist.run_folder import RunFolder, manifest_of
 from launch.spec import Program
 
 _JOB_FILE = "job.json"
@@ -50,13 +50,14 @@ def finished_text(config: RunConfig) -> str | None:
     """What a run that has nothing left to train shows; None for any other.
 
     Raises:
-        UserError: it is a run with other settings that has finished here.
+        UserError: it is a run with other settings, or on other data, that has finished here.
     """
     folder = RunFolder(config.run_dir)
     result = folder.finished(config.trainer.last_epoch)
     if result is None:
         return None
     folder.check_settings(config)
+    folder.check_data(config, manifest_of(config))
     return finished_report(config, result)
 
 

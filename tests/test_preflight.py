@@ -9,6 +9,7 @@ import pytest
 from hstu_dist import preflight as preflight_module
 from hstu_dist.config import RunConfig, compose
 from hstu_dist.data.config import EventsConfig, SyntheticZipfConfig, prepare_command
+from hstu_dist.data.identity import DataIdentity
 from hstu_dist.data.prepare import prepare
 from hstu_dist.data.schema import load_manifest
 from hstu_dist.distributed.config import ITEM, TableShape, stored_width
@@ -80,6 +81,48 @@ def test_a_prepared_log_needs_no_word_of_how_it_was_made(tmp_path: Path) -> None
     assert preflight(run(tmp_path, tmp_path / "data"), world_size=1)
     with pytest.raises(UserError, match=r"data\.min_user_events: got 1, .* was prepared with 2"):
         preflight(run(tmp_path, tmp_path / "data", f"data.input={log}"), world_size=1)
+
+
+def write_data(folder: Path, *, last_item: int = 4) -> Path:
+    """Three users who do the same five things."""
+    folder.mkdir(exist_ok=True)
+    items = [0, 1, 2, 3, last_item]
+    lines = [f"{user},{item},{100 + place}" for user in range(3) for place, item in enumerate(items)]
+    (folder / "events.csv").write_text("\n".join(["user_id,item_id,timestamp", *lines, ""]))
+    prepare(EventsConfig(input=str(folder / "events.csv"), path=str(folder / "data")))
+    return folder / "data"
+
+
+def test_a_run_goes_on_with_the_data_that_it_began_with(tmp_path: Path) -> None:
+    config = run(tmp_path, write_data(tmp_path))
+    folder = RunFolder(config.run_dir)
+    manifest = preflight(config, world_size=1)
+    assert manifest is not None
+    folder.describe(config, DataIdentity.of(tmp_path / "data", manifest, ()))
+    # as many users, items and events as before, and what was prepared from the same log is the same
+    write_data(tmp_path, last_item=5)
+    with pytest.raises(UserError) as caught:
+        preflight(config, world_size=1)
+    assert str(caught.value) == (
+        f"run folder {folder.path}: holds a run on other data than {tmp_path}/data has now "
+        "(items.parquet) -> bring that data back, or set name=NAME for a new run; if it is the same data, "
+        f"written by another version of a library, remove {folder.path}/data.json"
+    )
+    write_data(tmp_path)
+    preflight(config, world_size=1)
+    write_data(tmp_path, last_item=5)
+    folder.data_file.unlink()
+    preflight(config, world_size=1)
+
+
+def test_a_damaged_record_of_the_data_is_named(tmp_path: Path) -> None:
+    config = run(tmp_path, write_data(tmp_path))
+    folder = RunFolder(config.run_dir)
+    folder.path.mkdir(parents=True)
+    for damaged in ("{", '{"files": {}}', '{"files": 3, "values": {}}'):
+        folder.data_file.write_text(damaged)
+        with pytest.raises(UserError, match=r"data\.json: cannot be read .* -> remove it"):
+            preflight(config, world_size=1)
 
 
 def test_the_usual_folder_goes_without_saying() -> None:

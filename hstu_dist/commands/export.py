@@ -29,7 +29,7 @@ def export_run(words: Words[ExportConfig], say: Callable[[str], None]) -> None:
     settings = words.settings
     config, folder = run_of(words.run, words.overrides)
     model = encoder_config(config)
-    inputs = inputs_of(config, settings.prepared_data)
+    inputs = inputs_of(config, folder, settings.prepared_data)
     weights = read_weights(folder, model.width)
     # the backend that is nothing but PyTorch
     tower = tower_of(config, inputs, weights, torch.device("cpu"), backend="blocked")

@@ -22,6 +22,7 @@ from hstu_dist.plan.config import HardwareConfig
 from hstu_dist.plan.job import Job
 from hstu_dist.plan.report import Lines, Plan
 from hstu_dist.plugins import PluginConfig
+from hstu_dist.preflight import check_ranks
 from hstu_dist.validation import as_user_error
 
 _MOST_CHANGES_SHOWN = 3
@@ -36,9 +37,11 @@ def plan_run(overrides: Sequence[str], folder: Path | None, say: Callable[[str],
         say: prints lines for the user.
 
     Raises:
-        UserError: a setting cannot be used; or the plan does not fit, after all has been shown and written.
+        UserError: a setting cannot be used, or not with so many ranks; or the plan does not fit, after all has been
+            shown and written.
     """
     cluster, hardware, config = settings_of(overrides)
+    check_ranks(config, hardware.ranks)
     plan = Plan.of(config.name, job_of(config), hardware, config.plan)
     say(tables(plan, cluster))
     stem = (folder or Path(config.output) / "plans") / f"{config.name}-{cluster}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 from hstu_dist.commands.checkpoint import VOCABULARY
@@ -12,6 +13,7 @@ from hstu_dist.config import RunConfig
 from hstu_dist.data.balance import CostLaw
 from hstu_dist.data.config import BatchingConfig, LoaderConfig
 from hstu_dist.data.dataset import SequenceDataset
+from hstu_dist.data.identity import DataIdentity
 from hstu_dist.data.loader import BatchLoader, Shard, popularity
 from hstu_dist.data.record_split import RecordSplit
 from hstu_dist.data.split import Moments, Split
@@ -25,7 +27,7 @@ from hstu_dist.distributed.recommender import Recommender
 from hstu_dist.distributed.tables import EmbeddingTables
 from hstu_dist.errors import UserError
 from hstu_dist.metrics.ranking import Measures
-from hstu_dist.models.config import RecordSplitConfig, RetrievalConfig, TaskConfig
+from hstu_dist.models.config import RankingConfig, RecordSplitConfig, RetrievalConfig, TaskConfig
 from hstu_dist.models.flops import Workload, count_flops, encoder_work
 from hstu_dist.preflight import memory_limit, table_shapes
 from hstu_dist.train.average import WeightAverage
@@ -142,6 +144,12 @@ class Session(ModelSession):
         if config.record_split is not None:
             _check_records(dataset, config.record_split)
         return cls(**vars(build_model(config, world, dataset.num_items)), dataset=dataset, moments=moments)
+
+    def data_identity(self) -> DataIdentity:
+        """Which data this is, for whoever goes on with the run or uses it."""
+        task, folder = self.config.task, Path(self.config.prepared.path)
+        features = task.contextual if isinstance(task, RankingConfig) else ()
+        return DataIdentity.of(folder, self.dataset.manifest, features)
 
     @property
     def training_split(self) -> Split:

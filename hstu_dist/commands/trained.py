@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from hstu_dist.commands.checkpoint import TABLE, TOWER, find, table_of, weight_r
 from hstu_dist.commands.ranking_model import ranking_parts, ranking_shape
 from hstu_dist.config import RunConfig, compose, load
 from hstu_dist.data.contextual import contextual_values
+from hstu_dist.data.identity import ITEMS, DataIdentity, feature
 from hstu_dist.data.schema import load_manifest
 from hstu_dist.data.stream.config import StreamConfig
 from hstu_dist.data.vocabulary import Vocabulary
@@ -161,7 +163,7 @@ def load_trained(config: RunConfig, folder: RunFolder, use: ModelUse, cache: Sta
     if use.threads is not None:
         torch.set_num_threads(use.threads)
     device = _device(use.device)
-    inputs = inputs_of(config, use.prepared_data)
+    inputs = inputs_of(config, folder, use.prepared_data)
     weights = read_weights(folder, config.model.width)
     tower, table_VD = tower_of(config, inputs, weights, device), weights.table_VD.to(device)
     model: RetrievalModel | RankingModel
@@ -172,26 +174,32 @@ def load_trained(config: RunConfig, folder: RunFolder, use: ModelUse, cache: Sta
     return Trained(model, inputs, weights.step, folder.path)
 
 
-def inputs_of(config: RunConfig, prepared_data: str | None) -> Inputs:
+def inputs_of(config: RunConfig, folder: RunFolder, prepared_data: str | None) -> Inputs:
     """What the model of a run reads.
 
     Args:
         config: of the run.
+        folder: of the run.
         prepared_data: folder that names items, users and features; None: that of the run.
 
     Raises:
-        UserError: the folder is missing or damaged, or has not what the model reads.
+        UserError: the folder is missing or damaged, has not what the model reads, or has other values than the run
+            was trained on.
     """
-    folder = Path(prepared_data or config.data.path)
-    items, events = ValueIndex(Vocabulary.items(folder).raw), config.data.max_length
+    data, known = Path(prepared_data or config.data.path), folder.data()
+    raw_items, events = Vocabulary.items(data).raw, config.data.max_length
+    _check_values(known, data, ITEMS, raw_items)
+    items = ValueIndex(raw_items)
     if not isinstance(config.task, RankingConfig):
         return Inputs(items=items, max_events=events)
-    manifest, task = load_manifest(folder), config.task
+    manifest, task = load_manifest(data), config.task
     actions = {
         field.name: ActionInput(field, largest_number(field, task.action_levels))
         for field in action_fields(manifest.action_fields)
     }
-    values = contextual_values(folder, manifest, task.contextual)
+    values = contextual_values(data, manifest, task.contextual)
+    for name, raw in values.items():
+        _check_values(known, data, feature(name), raw)
     return Inputs(
         items=items,
         # a candidate is an event, too
@@ -200,6 +208,14 @@ def inputs_of(config: RunConfig, prepared_data: str | None) -> Inputs:
         actions=actions,
         contextual={name: ValueIndex(raw) for name, raw in values.items()},
     )
+
+
+def _check_values(known: DataIdentity | None, data: Path, name: str, values: pa.Array) -> None:
+    """Whether ids stand for what they stood for in training, where the run left a record of it."""
+    if known is not None and not known.are_values_of(name, values):
+        raise UserError(
+            f"data {data}: its {name} ({len(values)}) are not those that the run was trained on", _SAME_DATA
+        )
 
 
 def encoder_config(config: RunConfig) -> EncoderConfig:

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from hstu_dist.config import RunConfig, load
-from hstu_dist.data.schema import Manifest, load_manifest
-from hstu_dist.data.stream.config import StreamConfig
+from hstu_dist.data.schema import Manifest
 from hstu_dist.errors import UserError
-from hstu_dist.run_folder import RunFolder
+from hstu_dist.run_folder import RunFolder, manifest_of
 from hstu_dist.train.metrics_file import read_metrics
 
 _LOGGED = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ (WARNING|ERROR|CRITICAL) (.*)$")
@@ -61,7 +60,7 @@ class RunData:
                 result=folder.finished(config.trainer.last_epoch) or {},
                 metrics=read_metrics(path),
                 plan=_json(path / "embedding_plan.json"),
-                manifest=_manifest(config),
+                manifest=manifest_of(config),
                 warnings=_warnings(folder.logs / "ranks"),
             )
         except (OSError, ValueError) as error:
@@ -75,15 +74,6 @@ class RunData:
 def _json(path: Path) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return values
-
-
-def _manifest(config: RunConfig) -> Manifest | None:
-    if isinstance(config.data, StreamConfig):
-        return None
-    try:
-        return load_manifest(Path(config.data.path))
-    except UserError:
-        return None
 
 
 def _warnings(folder: Path) -> dict[str, int]:

@@ -19,14 +19,16 @@ import pytest
 from hstu_dist.__main__ import main
 from hstu_dist.commands.trained import load_trained, run_of
 from hstu_dist.config import compose, save
+from hstu_dist.data.config import EventsConfig
 from hstu_dist.data.dataset import SequenceDataset
+from hstu_dist.data.prepare import prepare
 from hstu_dist.data.vocabulary import Vocabulary
 from hstu_dist.errors import UserError
 from hstu_dist.inference.cache import StateCache
 from hstu_dist.inference.config import ModelUse
 from hstu_dist.inference.requests import Requests
 from hstu_dist.run_folder import RunFolder
-from tests.tiny import MAX_LENGTH
+from tests.tiny import MAX_LENGTH, NUM_ITEMS
 
 
 def write_requests(path: Path, columns: Mapping[str, Any]) -> Path:
@@ -228,6 +230,26 @@ def test_bad_input_leaves_nothing_behind(
     assert "Traceback" not in error
     assert re.search(message, error.replace("\n  mend: ", " -> ")), error
     assert [p.name for p in tmp_path.iterdir()] == ["asked.parquet"]
+
+
+@pytest.mark.distributed
+def test_items_have_to_be_those_of_the_run_and_not_its_events(tiny_run: Path, tmp_path: Path, capsys: Any) -> None:
+    source = write_requests(tmp_path / "asked.parquet", asked())
+
+    def scored_with(first_item: int) -> int:
+        # everybody likes everything once; as many items as the run has
+        lines = [f"{user},{first_item + item},{100 + item}" for user in range(9) for item in range(NUM_ITEMS)]
+        log = tmp_path / f"from_{first_item}.csv"
+        log.write_text("\n".join(["user_id,item_id,timestamp", *lines, ""]))
+        data = tmp_path / f"data_{first_item}"
+        prepare(EventsConfig(input=str(log), path=str(data)))
+        output = f"output={tmp_path / 'scores.parquet'}"
+        return answer("score", tiny_run, f"input={source}", output, f"prepared_data={data}")
+
+    assert scored_with(first_item=0) == 0
+    capsys.readouterr()
+    assert scored_with(first_item=1) == 2
+    assert re.search(r"data_1: its items \(40\) are not those that the run was trained on", capsys.readouterr().err)
 
 
 @pytest.mark.distributed

@@ -55,7 +55,7 @@ def by_the_training_code(run: Path, data: Path, request: Mapping[str, Any], user
     """Probability of a like and stars of each candidate, [M, 2], as the last event of a sequence."""
     config, folder = run_of(run, ())
     weights = read_weights(folder, 8)
-    tower = tower_of(config, inputs_of(config, None), weights, torch.device("cpu"))
+    tower = tower_of(config, inputs_of(config, folder, None), weights, torch.device("cpu"))
     encode = Vocabulary.items(data).encode
     rows = []
     for candidate in request["candidates"]:
@@ -173,7 +173,7 @@ def test_other_data_than_that_of_the_run_is_refused(
     pq.write_table(pa.table(asked()), tmp_path / "asked.parquet")
     words = (f"input={tmp_path / 'asked.parquet'}", f"output={tmp_path / 'out'}", f"prepared_data={tiny_data}")
     assert answer("score", rated_run, *words) == 2
-    assert "data: has 40 items, the run was trained on 30" in capsys.readouterr().err
+    assert "its items (40) are not those that the run was trained on" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="session")

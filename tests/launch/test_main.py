@@ -6,12 +6,15 @@ import re
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from hstu_dist import run_folder
 from hstu_dist.config import compose, load, save
+from hstu_dist.data.identity import DataIdentity
+from hstu_dist.data.schema import load_manifest
 from hstu_dist.errors import ExitCode
 from hstu_dist.run_folder import RunFolder
 from launch import local
@@ -194,6 +197,41 @@ def test_a_finished_run_with_other_settings_is_not_shown(
     assert main([*overrides, "seed=9"]) == 2
     printed = capsys.readouterr()
     assert "holds a run with other settings (seed: " in printed.err and "0.2500" not in printed.out
+    assert main(overrides) == 0 and not agents
+    assert "0.2500" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--jobs", "2"], "--jobs: got 2 for a single run\n  mend: add --multirun, or leave it out"),
+        (["doctor", "-m"], "doctor: takes no --multirun\n  mend: give the settings of one run"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    words: list[str], message: str, overrides: list[str], agents: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words, *overrides]) == 2
+    assert message in capsys.readouterr().err and not agents
+
+
+def test_a_finished_run_on_other_data_is_not_shown(
+    overrides: list[str], agents: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = compose(overrides)
+    folder = RunFolder(config.run_dir)
+    folder.path.mkdir(parents=True)
+    data = Path(config.data.path)
+    known = DataIdentity.of(data, load_manifest(data), ())
+    folder.describe(config, replace(known, files=known.files | {"items.parquet": "sha256:0"}))
+    metrics = {"hr@10": 0.25}
+    result = {"epochs": 2, "steps": 16, "stopped_early": False, "best_epoch": 1, "test": metrics, "popularity": metrics}
+    folder.finish(result)
+    for more in ([], ["--multirun"]):
+        assert main([*overrides, *more]) == 2
+        printed = capsys.readouterr()
+        assert "holds a run on other data than" in printed.err and "0.2500" not in printed.out
+    folder.describe(config, known)
     assert main(overrides) == 0 and not agents
     assert "0.2500" in capsys.readouterr().out
 

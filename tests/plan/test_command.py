@@ -12,7 +12,7 @@ import pytest
 from hstu_dist.__main__ import main
 from hstu_dist.commands.plan import job_of, plan_run, settings_of
 from hstu_dist.config import HARDWARE, compose, conf_dir, hardware_names
-from hstu_dist.errors import ExitCode
+from hstu_dist.errors import ExitCode, UserError
 from hstu_dist.plan.config import PlanConfig
 from hstu_dist.plan.memory import memory_of
 from tests.tiny import NUM_ITEMS, tiny_overrides
@@ -47,6 +47,20 @@ def test_it_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, *LARGEST], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("embedding.replicas=3", "embedding.replicas: got 3, expected a divisor of the 256 ranks"),
+        ("trainer.parallel={kind: hsdp, shard_ranks: 7}", "shard_ranks: got 7"),
+        ("trainer.micro_batches=64", "trainer.micro_batches: got 64, but a rank's share of a step has 1 sequences"),
+    ],
+)
+def test_what_so_many_ranks_cannot_do_is_refused(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        plan_run([*LARGEST, "trainer.global_batch_size=256", override], tmp_path, print)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
