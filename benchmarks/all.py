@@ -59,7 +59,8 @@ class _FailedError(Exception):
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark alone."""
     known = [name for name in BENCHMARKS if name not in ("all", "gpu")]
-    parser.add_argument("--only", nargs="+", choices=known, metavar="NAME", help="these, in this order")
+    # under another name: each of them is measured whole
+    parser.add_argument("--only", dest="names", nargs="+", choices=known, metavar="NAME", help="these, in this order")
     parser.add_argument("--skip", nargs="+", choices=known, default=[], metavar="NAME", help="all but these")
     parser.add_argument("--within", type=positive, metavar="MINUTES", help="stop then; what is left is named")
 
@@ -70,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
     Returns:
         0 if all of them have their figures; 1 if one failed or had no time.
     """
-    names = [n for n in options.only or [n for n in BENCHMARKS if n not in LEFT_OUT] if n not in options.skip]
+    names = [n for n in options.names or [n for n in BENCHMARKS if n not in LEFT_OUT] if n not in options.skip]
     if not names:
         raise UserError("all: got nothing to run", "leave out --skip, or name some with --only")
     deadline = time.monotonic() + 60 * options.within if options.within else None
@@ -91,7 +92,13 @@ def run(options: argparse.Namespace) -> int:
 def _stamp(options: argparse.Namespace) -> dict[str, str]:
     here = environment.describe(options.device)
     flags = " ".join(_flags(options))
-    return {"code": environment.source_hash(), "device": here.device, "threads": str(here.threads), "flags": flags}
+    return {
+        **here.versions,
+        "code": environment.source_hash(),
+        "device": here.device,
+        "threads": str(here.threads),
+        "flags": flags,
+    }
 
 
 def _flags(options: argparse.Namespace) -> list[str]:

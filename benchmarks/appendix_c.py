@@ -20,7 +20,7 @@ from benchmarks import environment, study
 from benchmarks.appendix_c_oracle import best_hit_rates
 from benchmarks.options import positive
 from benchmarks.study import StudyOptions
-from benchmarks.study_cells import Run, Summary, load_current, means, over_seeds, row, write_run
+from benchmarks.study_cells import Run, Summary, load_current, means, over_seeds, row, seeds_of, write_run
 from hstu_dist.config import RunConfig, compose
 from hstu_dist.data.config import AppendixCConfig, DataSetConfig
 from hstu_dist.data.prepare import prepare
@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
     assert isinstance(data, AppendixCConfig)
     _time_stream(data, shared)
     prepare(data)
-    return study.run_cells(cells, lambda cell: _run_cell(shared, cell), lambda: write_summary(cells, shared))
+    return study.run_cells(cells, lambda cell: _run_cell(shared, cell), lambda: write_summary(shared))
 
 
 def _study(options: argparse.Namespace) -> Study:
@@ -144,8 +144,9 @@ def write_cell(cell: Cell, run: Run, shared: Study) -> None:
     write_run(cell.name, run, _rows(cell.contender, run), shared.output, shared.command)
 
 
-def write_summary(cells: Sequence[Cell], shared: Study) -> Results:
+def write_summary(shared: Study) -> Results:
     """Writes means over the seeds of all cells whose settings are the present ones, at least one of which exists."""
+    cells = [Cell(contender, seed) for contender in CONTENDERS for seed in _seeds_of(contender, shared.output)]
     configs = {cell: compose(shared.overrides(cell)) for cell in cells}
     found = [load_current(cell.name, shared.output, config) for cell, config in configs.items()]
     current = [results for results in found if results is not None]
@@ -154,9 +155,13 @@ def write_summary(cells: Sequence[Cell], shared: Study) -> Results:
     rows = [
         *means(one for results in current for one in results.rows),
         *_best(next(iter(configs.values()))),
-        *_published(configs),
+        *_published(shared),
     ]
     return Summary(NAME, rows, _ratios(rows)).write(current, shared.output, shared.command)
+
+
+def _seeds_of(contender: str, folder: Path) -> list[int]:
+    return seeds_of(Cell(contender, 0).stem.removesuffix("seed0"), folder / NAME)
 
 
 def _case(data: DataSetConfig) -> str:
@@ -186,11 +191,10 @@ def _best(config: RunConfig) -> Iterator[Row]:
         yield row(_case(data), ORACLE, f"hr@{cutoff}", value)
 
 
-def _published(configs: Mapping[Cell, RunConfig]) -> Iterator[Row]:
+def _published(shared: Study) -> Iterator[Row]:
     """The paper's figures: the whole stream, models of a size that it does not give."""
     for contender in CONTENDERS:
-        config = next(config for cell, config in configs.items() if cell.contender == contender)
-        for metric, value in config.published.items():
+        for metric, value in compose(shared.overrides(Cell(contender, 1))).published.items():
             yield row(PUBLISHED, contender, metric, value)
 
 
@@ -212,5 +216,5 @@ def _ratios(rows: Sequence[Row]) -> Iterator[Ratio]:
         for better, worse in _ORDER:
             theirs = values.get((case, worse, metric))
             if contender == better and theirs is not None and metric in _METRICS and theirs.value:
-                named, ratio = over_seeds(metric, ours.n), ours.value / theirs.value
+                named, ratio = over_seeds(metric, ours.n, theirs.n), ours.value / theirs.value
                 yield Ratio(case=case, metric=named, a=better, b=worse, value=ratio, target=1.0)

@@ -13,7 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.environment import ROOT, describe
+import torch
+
+from benchmarks.environment import ROOT, describe, source_hash
 from benchmarks.fault_kinds import KINDS, Kind, Place
 from benchmarks.fault_run import FaultyRun, FaultyRunError, prepared_data, trained_once
 from benchmarks.harness import Samples
@@ -63,9 +65,10 @@ def run(options: argparse.Namespace) -> int:
     """Strikes, checks and writes the result file once all faults are done; returns 1 if a run did not recover."""
     started = time.monotonic()
     folder: Path = options.folder.absolute()
+    forget_other_code(folder, options.device)
     data = prepared_data(folder)
     undisturbed = _undisturbed(data, folder)
-    outcomes = []
+    outcomes, files = [], []
     for kind, number in _plan(options.only, options.quick):
         file = folder / "outcomes" / f"{re.sub(r'[^a-z]+', '-', kind)}-{options.seed}-{number}.json"
         if not file.exists():
@@ -79,6 +82,7 @@ def run(options: argparse.Namespace) -> int:
         outcome = Outcome(**json.loads(file.read_text()))
         log.info("%s: %s", file.stem, _in_words(outcome))
         outcomes.append(outcome)
+        files.append(file)
     results = Results(
         name="faults",
         command=options.command,
@@ -87,8 +91,21 @@ def run(options: argparse.Namespace) -> int:
         **asdict(describe(options.device)),
     )
     log.info("written to %s", write(results, options.output))
-    shutil.rmtree(folder / "outcomes")
+    for file in files:
+        file.unlink()
     return 0 if all(outcome.recovered for outcome in outcomes) else 1
+
+
+def forget_other_code(folder: Path, device: torch.device) -> None:
+    """Removes what an interrupted campaign has found with other code, on another device or with other versions."""
+    here = describe(device)
+    stamp = json.dumps({**here.versions, "code": source_hash(), "device": here.device}, indent=1).encode()
+    file = folder / "stamp.json"
+    if not file.exists() or file.read_bytes() != stamp:
+        for found in ("outcomes", "undisturbed"):
+            shutil.rmtree(folder / found, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, stamp)
 
 
 def _plan(only: str | None, quick: bool) -> Iterator[tuple[str, int]]:

@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 
+from benchmarks import environment
 from benchmarks.cells import Findings
 from benchmarks.harness import GEMM, Effort, Samples, Step, Timings, clock_of, compare, gemm
 from benchmarks.inference_load import serving
@@ -61,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
         problem = replace(size, candidates=size.candidates // share)
         parts[f"speed_{problem.candidates}"] = partial(speed, problem, options.device, quick)
     parts |= {"memory": partial(memory, size, options.device), "serving": partial(serving, quick)}
-    return run_parts("inference", parts, options, options.device)
+    return run_parts(environment.result_name("inference", options.device), parts, options, options.device)
 
 
 def encoder_of(problem: Problem, device: torch.device) -> Encoder:

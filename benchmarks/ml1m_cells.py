@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.study_cells import Run, Summary, load_current, means, over_seeds, row, write_run
+from benchmarks.study_cells import Run, Summary, load_current, means, over_seeds, row, seeds_of, write_run
 from hstu_dist.config import RunConfig
 from hstu_dist.errors import UserError
 from hstu_dist.report.results import Ratio, Results, Row
@@ -96,9 +96,7 @@ def write_summary(
 
 
 def _cells(experiment: str, folder: Path, config_of: Callable[[Cell], RunConfig]) -> Iterator[Results]:
-    prefix = f"{experiment}_seed"
-    seeds = [path.stem.removeprefix(prefix) for path in (folder / NAME).glob(f"{prefix}*.json")]
-    for seed in sorted(int(seed) for seed in seeds if seed.isdecimal()):
+    for seed in seeds_of(f"{experiment}_", folder / NAME):
         cell = Cell(experiment, seed)
         found = load_current(cell.name, folder, config_of(cell))
         if found is not None:

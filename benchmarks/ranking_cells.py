@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.study_cells import Run, Summary, load_current, means, over_seeds, row, write_run
+from benchmarks.study_cells import Run, Summary, load_current, means, over_seeds, row, seeds_of, write_run
 from hstu_dist.config import RunConfig
 from hstu_dist.report.results import Ratio, Results, Row
 
@@ -54,19 +54,26 @@ def write_cell(cell: Cell, run: Run, folder: Path, command: str) -> None:
     write_run(cell.name, run, _rows(cell.contender, run), folder, command)
 
 
-def write_summary(cells: Sequence[Cell], folder: Path, command: str, config_of: Callable[[Cell], RunConfig]) -> Results:
+def write_summary(
+    contenders: Sequence[str], folder: Path, command: str, config_of: Callable[[Cell], RunConfig]
+) -> Results:
     """Writes means over the seeds of all cells whose settings are the present ones, at least one of which exists.
 
     Args:
-        cells: in the order of the tables.
+        contenders: in the order of the tables.
         folder: of result files.
         command: what to type to measure it again.
         config_of: present settings of a cell.
     """
+    cells = [Cell(contender, seed) for contender in contenders for seed in _seeds_of(contender, folder)]
     found = [load_current(cell.name, folder, config_of(cell)) for cell in cells]
     current = [results for results in found if results is not None]
     rows = list(means(one for results in current for one in results.rows))
     return Summary(NAME, rows, _ratios(rows)).write(current, folder, command)
+
+
+def _seeds_of(contender: str, folder: Path) -> list[int]:
+    return seeds_of(Cell(contender, 0).stem.removesuffix("seed0"), folder / NAME)
 
 
 def _rows(contender: str, run: Run) -> Iterator[Row]:
@@ -94,7 +101,7 @@ def _ratios(rows: Sequence[Row]) -> Iterator[Ratio]:
             better, worse = (ours, theirs) if more else (theirs, ours)
             yield Ratio(
                 case=CASE,
-                metric=over_seeds(f"{metric}{'' if more else ', inverted'}", ours.n),
+                metric=over_seeds(f"{metric}{'' if more else ', inverted'}", ours.n, theirs.n),
                 a=_GR,
                 b=baseline,
                 value=better.value / worse.value,

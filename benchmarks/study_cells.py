@@ -17,7 +17,7 @@ from hstu_dist.config import RunConfig, difference, from_dict, to_dict
 from hstu_dist.errors import UserError
 from hstu_dist.machine import cores_per_rank
 from hstu_dist.report.results import Ratio, Results, Row, load, write
-from hstu_dist.run_folder import RunFolder
+from hstu_dist.run_folder import RunFolder, commit_of
 from hstu_dist.train.metrics_file import read_metrics
 
 CONFIGURATION = "configuration"
@@ -73,6 +73,12 @@ def load_current(name: str, folder: Path, config: RunConfig) -> Results | None:
     # where runs and data lie makes no difference
     placed = replace(then, name=config.name, data=replace(then.data, path=config.data.path))
     return measured if same_length and not difference(placed, config) else None
+
+
+def seeds_of(prefix: str, folder: Path) -> list[int]:
+    """Seeds of the cell files `folder`/PREFIXseedN.json, whatever settings they were measured with."""
+    seeds = [path.stem.rpartition("seed")[2] for path in folder.glob(f"{prefix}seed*.json")]
+    return sorted(int(seed) for seed in seeds if seed.isdecimal())
 
 
 def write_run(name: str, run: Run, rows: Iterable[Row], folder: Path, command: str) -> None:
@@ -144,8 +150,10 @@ def means(rows: Iterable[Row]) -> Iterator[Row]:
         yield replace(Samples(tuple(values)).row(case, contender, metric, unit), value=statistics.fmean(values))
 
 
-def over_seeds(metric: str, n: int) -> str:
-    """A metric's name in a ratio of means."""
+def over_seeds(metric: str, n: int, against: int | None = None) -> str:
+    """A metric's name in a ratio of means: over n seeds, and over how many the other one is, if that may differ."""
+    if against not in (None, n):
+        return f"{metric}, means of {n} and {against} seeds"
     return f"{metric}, {'1 seed' if n == 1 else f'mean of {n} seeds'}"
 
 
@@ -157,7 +165,7 @@ def _device_of(config: RunConfig) -> str:
 
 def _commit_of(run: Run, now: str) -> str:
     """The commit that trained; of the present one we know whether more than result files was changed."""
-    trained = str(run.environment["commit"])
+    trained = commit_of(run.environment)
     if trained.removesuffix("-dirty") == now.removesuffix("+changes"):
         return now
     return trained.replace("-dirty", "+changes")

@@ -54,6 +54,9 @@ _MEMORY_GB = 1.0
 """What a rank may take at its peak."""
 
 
+PARTIAL = ("override",)
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark alone."""
     parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES], help="these cases")

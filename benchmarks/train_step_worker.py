@@ -24,9 +24,8 @@ from hstu_dist.batch import JaggedBatch
 from hstu_dist.commands.session import Session
 from hstu_dist.config import compose
 from hstu_dist.data.split import Split
-from hstu_dist.distributed.process_group import World, claim_machine, process_group, sum_over_ranks
-from hstu_dist.losses.config import FullSoftmaxConfig
-from hstu_dist.models.flops import Workload, count_flops
+from hstu_dist.distributed.process_group import World, claim_machine, claim_precision, process_group, sum_over_ranks
+from hstu_dist.models.flops import Workload
 from hstu_dist.train.hooks import peak_memory_bytes
 from hstu_dist.train.step import TrainStep
 
@@ -94,7 +93,7 @@ class Answer:
         tokens: positions of each timed step, all ranks.
         flops: needed FLOPs of each timed step, all ranks.
         gemm_flops_per_second: of a square float32 product between the steps, all ranks together.
-        peak_bytes: largest resident size of rank 0 in the untimed steps.
+        peak_bytes: largest memory of rank 0 in the untimed steps, see `peak_memory_bytes`.
         parts: seconds per step of each of PARTS, in profiled steps of rank 0.
     """
 
@@ -111,14 +110,15 @@ def measure(request: Request) -> Answer | None:
     config = compose(request.overrides)
     with process_group(config.trainer.device, config.trainer.timeout_seconds) as world:
         claim_machine(config.trainer.threads, world)
+        claim_precision(config.trainer.precision, world.device)
         session = Session.build(config, world)
-        step = TrainStep(session.objective(), session.optimizers, world)
+        step = TrainStep(session.objective(), session.optimizers, world, config.trainer.micro_batches)
         runner = _Runner(session, step, world)
         batches = list(islice(session.loader(Split.TRAIN).epoch(0), request.steps))
         for batch in batches:
             runner.run(batch)
         # before the matrices of the product, which no training has
-        peak = peak_memory_bytes()
+        peak = peak_memory_bytes(world.device)
         seconds, gemm, work = [], [], []
         for batch in batches:
             gemm.append(_gemm_rate(world))
@@ -133,17 +133,11 @@ def measure(request: Request) -> Answer | None:
         return Answer(
             seconds=seconds,
             tokens=[w.tokens for w in work],
-            flops=[_training_flops(session, w) for w in work],
+            flops=[session.training_flops(w) for w in work],
             gemm_flops_per_second=gemm,
             peak_bytes=peak,
             parts=parts,
         )
-
-
-def _training_flops(session: Session, work: Workload) -> int:
-    model, loss = session.config.retrieval
-    scores = session.dataset.num_items if isinstance(loss, FullSoftmaxConfig) else loss.num_negatives + 1
-    return count_flops(model, work, scores).training
 
 
 class _Runner:
@@ -155,9 +149,9 @@ class _Runner:
 
     def run(self, batch: JaggedBatch) -> Workload:
         """Trains on one batch."""
-        mine = Workload.causal(batch.lengths.tolist())
-        total = sum_over_ranks(torch.tensor([mine.tokens, mine.attention_pairs], device=self.world.device)).tolist()
-        work = Workload(tokens=total[0], attention_pairs=total[1])
+        mine = asdict(self.session.workload(batch.lengths.tolist()))
+        total = sum_over_ranks(torch.tensor(list(mine.values()), device=self.world.device)).tolist()
+        work = Workload(**dict(zip(mine, total, strict=True)))
         self.step(batch.to(self.world.device), work, (self.count, 1_000_000))
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()

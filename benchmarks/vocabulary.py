@@ -192,5 +192,5 @@ def ratios(rows: Sequence[Row]) -> Iterator[Ratio]:
         for other, target in ((HASH, 1.0), (ALL, None)):
             theirs = found.get((case, other))
             if name in ZCH and theirs is not None and theirs.value:
-                metric, value = over_seeds(HR, ours.n), ours.value / theirs.value
+                metric, value = over_seeds(HR, ours.n, theirs.n), ours.value / theirs.value
                 yield Ratio(case=case, metric=metric, a=name, b=other, value=value, target=target)

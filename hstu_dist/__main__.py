@@ -164,7 +164,7 @@ def _add_uses(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     for name, summary in (
         ("score", "score the candidates of a Parquet file of requests"),
         ("retrieve", "find the best items of the corpus for a Parquet file of histories"),
-        ("export", "write the tower as packages that need nothing but torch"),
+        ("export", "write the tower as packages that need nothing of hstu_dist"),
         ("serve", "answer requests over HTTP"),
     ):
         command = commands.add_parser(

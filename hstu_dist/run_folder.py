@@ -234,9 +234,17 @@ class RunFolder:
             ) from error
 
     def describe(self, config: RunConfig, data: DataIdentity | None = None) -> None:
-        """Writes the resolved settings, the environment (git commit, versions, machine) and which data it is."""
+        """Writes the resolved settings, the environment (git commit, versions, machine) and which data it is.
+
+        Of a run that goes on, the environment is added to that it began with, if it is another.
+        """
         save(config, self.config_file)
-        _write_json(self.path / "environment.json", environment())
+        now, began = environment(), self.environment()
+        later = began.get("continued", [])
+        if not began:
+            _write_json(self._environment_file, now)
+        elif _what_computes((later or [began])[-1]) != _what_computes(now):
+            _write_json(self._environment_file, began | {"continued": [*later, now]})
         if data is not None:
             write_atomically(self.data_file, data.to_json())
 
@@ -261,10 +269,17 @@ class RunFolder:
         return values
 
     def environment(self) -> dict[str, Any]:
-        """What the run was trained with, as written when it began; empty before that."""
-        file = self.path / "environment.json"
+        """What the run was trained with, as written when it began; empty before that.
+
+        `continued` has what it went on with, where that was something else.
+        """
+        file = self._environment_file
         values: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
         return values
+
+    @property
+    def _environment_file(self) -> Path:
+        return self.path / "environment.json"
 
     def finished(self, epochs: float) -> dict[str, Any] | None:
         """What `finish` wrote, if a run of `epochs` epochs has nothing left to train."""
@@ -305,6 +320,18 @@ def environment() -> dict[str, Any]:
         "command": sys.argv,
         "versions": {name: _version(name) for name in _PACKAGES},
     }
+
+
+def _what_computes(environment: dict[str, Any]) -> list[Any]:
+    """Of an environment what can change a result."""
+    return [environment.get(name) for name in ("commit", "python", "machine", "versions")]
+
+
+def commit_of(environment: dict[str, Any]) -> str:
+    """The commit that a run was trained with, or `COMMIT-dirty` where it went on with others."""
+    began = str(environment.get("commit", "unknown"))
+    others = {later["commit"] for later in environment.get("continued", ())} - {began}
+    return f"{began.removesuffix('-dirty')}-dirty" if others else began
 
 
 def git_commit() -> str:

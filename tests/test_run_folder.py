@@ -16,7 +16,7 @@ import pytest
 from hstu_dist import run_folder
 from hstu_dist.config import RunConfig, compose
 from hstu_dist.errors import UserError
-from hstu_dist.run_folder import RunFolder
+from hstu_dist.run_folder import RunFolder, commit_of
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +97,20 @@ def test_checkpoints_that_are_there_need_no_more_space(
     folder.check(config, needed_bytes=5 << 20)
     with pytest.raises(UserError, match="3 MiB free, 4 MiB needed"):
         folder.check(config, needed_bytes=6 << 20)
+
+
+def test_a_run_that_goes_on_with_other_code_says_so(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, commits = RunFolder(tmp_path), iter(["a", "a", "b", "b", "a"])
+    monkeypatch.setattr(run_folder, "git_commit", lambda: next(commits))
+    folder.describe(config)
+    began = folder.environment()
+    folder.describe(config)
+    assert folder.environment() == began and commit_of(began) == "a"
+    folder.describe(config)
+    folder.describe(config)
+    folder.describe(config)
+    now = folder.environment()
+    assert [later["commit"] for later in now.pop("continued")] == ["b", "a"] and now == began
+    assert commit_of(folder.environment()) == "a-dirty" and commit_of({}) == "unknown"

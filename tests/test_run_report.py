@@ -64,7 +64,9 @@ def run_folder(folder: Path, data: Path, *overrides: str, finished: bool = True)
     lines = [{"step": step, "train/loss": 3.0 - step, "speed/mfu": 0.5} for step in (1, 2)]
     lines.append({"step": 2, "validation/ndcg@10": 0.5, "speed/imbalance": 0.25, "memory/peak_gib_per_rank": 1.5})
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (path / "environment.json").write_text(json.dumps({"commit": "abc", "versions": {"torch": "9.9"}}))
+    later = {"date": "2026-02-01", "commit": "def", "machine": "Linux"}
+    environment = {"commit": "abc", "versions": {"torch": "9.9"}, "continued": [later]}
+    (path / "environment.json").write_text(json.dumps(environment))
     shards = [{"rank": rank, "row": 0, "column": 0, "rows": rows, "columns": 8} for rank, rows in ((0, 30), (1, 10))]
     table = {"rows": 40, "width": 8, "dtype": "fp32", "sharding": "row_wise", "compute_kernel": "fused"}
     plan = {"world_size": 2, "tables": {"item": {**table, "shards": shards}}}
@@ -99,6 +101,8 @@ def test_the_page_shows_what_the_folder_says(tmp_path: Path, tiny_data: Path) ->
         "row_wise",
         "1.500",
         "9.9",
+        "went on 2026-02-01",
+        "commit def, Linux",
         "0.250",
         str(tiny_data),
     ):

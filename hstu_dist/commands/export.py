@@ -1,4 +1,4 @@
-"""`export`: a run's best checkpoint as packages that need nothing but torch."""
+"""`export`: a run's best checkpoint as packages that need nothing of hstu_dist."""
 
 from __future__ import annotations
 

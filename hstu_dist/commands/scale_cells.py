@@ -17,7 +17,7 @@ from hstu_dist.data.stream.config import StreamConfig
 from hstu_dist.errors import UserError
 from hstu_dist.files import write_atomically
 from hstu_dist.models.config import RetrievalConfig
-from hstu_dist.run_folder import RunFolder
+from hstu_dist.run_folder import RunFolder, commit_of
 from hstu_dist.scaling.compute import trained_lengths, training_flops
 from hstu_dist.scaling.points import Point
 
@@ -133,7 +133,7 @@ def _point(run: RunFolder) -> Point:
         seconds=float(speed["train_seconds"]),
         metrics={name: float(value) for name, value in result["test"].items()},
         date=str(environment.get("date", "")),
-        commit=str(environment.get("commit", "unknown")),
+        commit=commit_of(environment),
     )
 
 

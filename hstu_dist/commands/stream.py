@@ -160,10 +160,12 @@ def _result(session: ModelSession, state: TrainState, folder: RunFolder, ended: 
         "protocol": "prequential",
         "epochs": state.epoch,
         "steps": state.step,
+        "refused_steps": state.refused_steps,
         "stopped_early": ended,
         "test": means["model"],
         "popularity": means["popularity"],
         "world_size": session.world.size,
+        "dense_parameters": sum(parameter.numel() for parameter in session.recommender.tower.parameters()),
         "speed": training_averages(state, session.training_flops),
     }
 

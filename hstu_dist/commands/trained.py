@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -187,7 +186,11 @@ def inputs_of(config: RunConfig, folder: RunFolder, prepared_data: str | None) -
             was trained on.
     """
     data, known = Path(prepared_data or config.data.path), folder.data()
-    raw_items, events = Vocabulary.items(data).raw, config.data.max_length
+    events = config.data.max_length
+    if isinstance(config.data, StreamConfig) and prepared_data is None:
+        # dense ids, which stand for themselves: `run_of` lets no others through
+        return Inputs(items=ValueIndex(Vocabulary.numbers(config.data.num_items).raw), max_events=events)
+    raw_items = Vocabulary.items(data).raw
     _check_values(known, data, ITEMS, raw_items)
     items = ValueIndex(raw_items)
     if not isinstance(config.task, RankingConfig):
@@ -210,7 +213,7 @@ def inputs_of(config: RunConfig, folder: RunFolder, prepared_data: str | None) -
     )
 
 
-def _check_values(known: DataIdentity | None, data: Path, name: str, values: pa.Array) -> None:
+def _check_values(known: DataIdentity | None, data: Path, name: str, values: Any) -> None:
     """Whether ids stand for what they stood for in training, where the run left a record of it."""
     if known is not None and not known.are_values_of(name, values):
         raise UserError(

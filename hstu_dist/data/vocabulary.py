@@ -38,6 +38,11 @@ class Vocabulary:
         return cls._read(Path(path) / ITEMS_FILE)
 
     @classmethod
+    def numbers(cls, size: int) -> Vocabulary:
+        """Of values that are their own ids, 0 to size - 1; nobody has counted their events."""
+        return cls(raw=pa.array(np.arange(size)), counts=np.zeros(size, dtype=np.int64))
+
+    @classmethod
     def users(cls, path: str | Path) -> Vocabulary:
         """Of the users of a prepared data set.
 

@@ -172,6 +172,13 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Largest values of a small tensor over all ranks, on every rank."""
+    largest = values.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest
+
+
 def gather_rows(values: torch.Tensor) -> torch.Tensor:
     """Rows of all ranks one after the other, on every rank; ranks may have different numbers of them.
 

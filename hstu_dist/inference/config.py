@@ -68,7 +68,7 @@ class RetrieveConfig(ModelUse):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ExportConfig:
-    """`export`: the tower as packages that need nothing but torch.
+    """`export`: the tower as packages that need nothing of hstu_dist.
 
     Attributes:
         output: folder to write.

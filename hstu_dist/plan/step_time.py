@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hstu_dist.distributed.config import ITEM
+from hstu_dist.models.activations import activation_bytes
 from hstu_dist.models.flops import count_parameters
 from hstu_dist.plan.config import HardwareConfig, PlanConfig
 from hstu_dist.plan.job import Job
@@ -108,7 +109,9 @@ def _memory_traffic(job: Job, ranks: int) -> int:
     # one rank looks everybody's rows up in a whole table; in a copy it updates those of everybody
     others = {"table_wise": job.table_ranks(ranks), "data_parallel": ranks}
     rows = job.ids_of(ranks) * others.get(job.embedding.sharding, 1)
-    return 2 * memory.activations + _ADAMW_PASSES * memory.dense + min(rows, job.num_items * ranks) * row
+    # all parts of a step write and read theirs, though one is held at a time
+    activations = activation_bytes(job.model, job.tokens_of(ranks))
+    return 2 * activations + _ADAMW_PASSES * memory.dense + min(rows, job.num_items * ranks) * row
 
 
 def _exchange_seconds(exchanged: int, ranks: int, hardware: HardwareConfig) -> float:

@@ -69,7 +69,7 @@ def headline(run: RunData) -> list[tuple[str, str]]:
         found.append(("MFU", f"{speed['mfu']:.1%}"))
     peak = [value for _, value in run.line("memory/peak_gib_per_rank")]
     if peak:
-        found.append(("memory a rank", f"{max(peak):.2f} GiB"))
+        found.append(("memory of the fullest rank", f"{max(peak):.2f} GiB"))
     return found
 
 
@@ -122,7 +122,7 @@ def _speed(runs: Sequence[RunData]) -> Section:
         yield "tokens/s", _count(speed.get("tokens_per_second"))
         yield "MFU", f"{speed['mfu']:.1%}" if speed.get("mfu") else _DASH
         peak = [value for _, value in run.line("memory/peak_gib_per_rank")]
-        yield "peak memory a rank, GiB", f"{max(peak):.2f}" if peak else _DASH
+        yield "peak memory of the fullest rank, GiB", f"{max(peak):.2f}" if peak else _DASH
 
     names = ["speed/tokens_per_second", "speed/mfu", "memory/peak_gib_per_rank"]
     return Section(
@@ -251,6 +251,9 @@ def _environment(runs: Sequence[RunData]) -> Section:
         for name, value in run.environment.items():
             if name == "versions":
                 yield from value.items()
+            elif name == "continued":
+                for later in value:
+                    yield f"went on {later['date']}", f"commit {later['commit']}, {later['machine']}"
             else:
                 yield name, " ".join(value) if isinstance(value, list) else str(value)
 

@@ -14,12 +14,13 @@ from hstu_dist.scaling.optimum import Growth, Optimum, budgets, growth, optima
 from hstu_dist.scaling.points import Accepted, Point
 
 _SAME_SIZE = 1e-3
+_FALLING = ("/ne", "/log_loss", "/mse", "/mae")
+"""What the metrics of a head end with of which less is better."""
 
 
 def kind_of(metric: str) -> Kind:
-    """Losses and NE fall towards a floor; hit rates and their like grow with the logarithm of compute."""
-    falls = metric == "loss" or metric.endswith(("/ne", "/mse"))
-    return "power" if falls else "logarithm"
+    """Losses, NE and errors fall towards a floor; hit rates and their like grow with the logarithm of compute."""
+    return "power" if metric == "loss" or metric.endswith(_FALLING) else "logarithm"
 
 
 @dataclass(frozen=True, kw_only=True)

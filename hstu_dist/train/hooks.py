@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from hstu_dist.checkpoint.manager import CheckpointManager
-from hstu_dist.distributed.process_group import sum_over_ranks
+from hstu_dist.distributed.process_group import max_over_ranks, sum_over_ranks
 from hstu_dist.models.flops import Workload
 from hstu_dist.train.average import WeightAverage
 from hstu_dist.train.config import CheckpointConfig, EvaluationConfig, LoggingConfig
@@ -24,8 +24,10 @@ from hstu_dist.train.trainer import Hook, Trainer
 logger = logging.getLogger(__name__)
 
 
-def peak_memory_bytes() -> int:
-    """Largest resident size that this process ever had."""
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory that this process ever had: allocated on a GPU, resident where it computes on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # kibibytes on Linux, bytes on macOS
     return peak if sys.platform == "darwin" else peak * 1024
@@ -79,20 +81,25 @@ class LogHook(Hook):
             self._bar.close()
 
     def _write(self, trainer: Trainer, result: StepResult) -> None:
-        mine = torch.tensor([self._loss_sum, float(peak_memory_bytes())], dtype=torch.float64)
-        total = sum_over_ranks(mine.to(trainer.world.device))
+        device = trainer.world.device
+        loss = sum_over_ranks(torch.tensor([self._loss_sum], dtype=torch.float64, device=device))
+        peak = max_over_ranks(torch.tensor([peak_memory_bytes(device)], device=device))
         seconds = trainer.state.train_seconds - self._seconds_before
         flops_per_second = self.flops(self._work) / seconds
         values = {
-            "train/loss": float(total[0]) / max(1, self._work.targets),
             "train/learning_rate": result.learning_rate,
             "train/epoch": trainer.state.epoch + trainer.state.batch / len(trainer.loader),
             "speed/tokens_per_second": self._work.tokens / seconds,
             "speed/flops_per_second": flops_per_second,
             "speed/seconds_per_step": seconds / self._steps,
-            "memory/peak_gib_per_rank": float(total[1]) / trainer.world.size / 2**30,
+            # of the fullest rank: it is the one that runs out
+            "memory/peak_gib_per_rank": float(peak) / 2**30,
         }
-        shown = {"loss": f"{values['train/loss']:.4f}", "epoch": f"{values['train/epoch']:.2f}"}
+        shown = {"epoch": f"{values['train/epoch']:.2f}"}
+        # refused steps train on nothing, and have no loss
+        if self._work.targets:
+            values["train/loss"] = float(loss) / self._work.targets
+            shown = {"loss": f"{values['train/loss']:.4f}", **shown}
         if trainer.peak_flops is not None:
             values["speed/mfu"] = flops_per_second / trainer.peak_flops
             shown["mfu"] = f"{values['speed/mfu']:.1%}"

@@ -54,7 +54,7 @@ def test_means_and_the_order_of_the_paper(tmp_path: Path) -> None:
             "dense_parameters": 1000,
         }
         write_cell(cell, Run(compose(here.overrides(cell)), result, {"commit": "abc"}, []), here)
-    summary = write_summary(cells, here)
+    summary = write_summary(here)
     assert load("appendix_c", tmp_path) == summary
     case = "500,000 records of 128"
     assert summary.value(case, "hstu", "hr@10") == pytest.approx(0.053)

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks import faults
 from benchmarks.__main__ import main
 from benchmarks.fault_kinds import KINDS
 from benchmarks.fault_run import BATCH, EPOCHS, USERS, FaultyRun, Seen, prepared_data, trained_once
-from benchmarks.faults import Outcome, ratios_of, rows_of
+from benchmarks.faults import Outcome, forget_other_code, ratios_of, rows_of
 from benchmarks.launch import overheads, ratio_of
 from benchmarks.launch import rows_of as launch_rows
 
@@ -45,6 +47,26 @@ def test_a_restart_is_seen_with_the_steps_that_it_repeats(tmp_path: Path) -> Non
         file.write(json.dumps({"step": 11}) + "\n")
     seen.look(log, since=1.0)
     assert seen.recovered_at is not None and seen.lost_steps == 4
+
+
+def test_what_other_code_survived_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    outcome = tmp_path / "outcomes" / "kill-1-0.json"
+
+    def found() -> bool:
+        forget_other_code(tmp_path, device)
+        return outcome.exists()
+
+    def leave() -> None:
+        outcome.parent.mkdir(exist_ok=True)
+        outcome.write_text("{}")
+
+    leave()
+    assert not found()
+    leave()
+    assert found() and found()
+    monkeypatch.setattr(faults, "source_hash", lambda: "of other code")
+    assert not found()
 
 
 def test_a_fault_that_stops_nobody_is_over_with_the_next_step(tmp_path: Path) -> None:

@@ -57,8 +57,9 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, parts: Parts) -> int:
 def test_tests_come_first_then_tile_sizes_then_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = Parts()
     assert on_gpu(monkeypatch, parts) == 0
-    tests, tune, measure = parts.commands
+    tests, tune, data, measure = parts.commands
     assert tests[1:] == ["-m", "pytest", "-q", "-m", "gpu"] and "--tune" in tune
+    assert data[1:] == ["-m", "hstu_dist", "prepare", "data=ml1m"]
     chosen = measure[measure.index("--only") + 1 :]
     assert chosen[:2] == ["attention", "encoder"] and set(chosen) <= set(BENCHMARKS)
     assert measure[measure.index("--within") + 1] == "19"
@@ -73,6 +74,6 @@ def test_there_is_no_figure_without_green_tests(monkeypatch: pytest.MonkeyPatch)
 
 def test_tile_sizes_may_run_out_of_time_but_tests_may_not(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = Parts(attention=None)
-    assert on_gpu(monkeypatch, parts) == 0 and len(parts.commands) == 3
+    assert on_gpu(monkeypatch, parts) == 0 and len(parts.commands) == 4
     with pytest.raises(gpu.UserError, match="tests took more than 4 minutes"):
         on_gpu(monkeypatch, Parts(pytest=None))

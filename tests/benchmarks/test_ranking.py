@@ -55,8 +55,8 @@ def test_means_ratios_and_what_is_current(tmp_path: Path) -> None:
         write_cell(cell, run_of(cell, ne, auc), tmp_path, "test")
         assert is_current(cell, tmp_path, config_of(cell))
         assert not is_current(cell, tmp_path, replace(config_of(cell), seed=cell.seed + 1))
-    cells = [*figures, Cell("dlrm_cross", 1)]
-    summary = write_summary(cells, tmp_path, "test", config_of)
+    contenders = (*ranking.MAIN, *ranking.ABLATIONS)
+    summary = write_summary(contenders, tmp_path, "test", config_of)
     assert load("ranking", tmp_path) == summary
     assert summary.value(CASE, "hstu", "like/auc") == pytest.approx(0.79)
     assert summary.value(CASE, AVERAGES, "like/ne") == pytest.approx(0.9)
@@ -66,6 +66,11 @@ def test_means_ratios_and_what_is_current(tmp_path: Path) -> None:
     assert ratios["like/auc, mean of 2 seeds"].value == pytest.approx(0.79 / 0.76)
     assert ratios["like/ne, inverted, mean of 2 seeds"].value == pytest.approx(0.90 / 0.81)
     assert all(ratio.met in (True, None) for ratio in summary.ratios)
+    # one more seed, of one of them
+    write_cell(Cell("hstu", 4), run_of(Cell("hstu", 4), 0.81, 0.85), tmp_path, "test")
+    summary = write_summary(contenders, tmp_path, "test", config_of)
+    assert summary.value(CASE, "hstu", "like/auc") == pytest.approx(0.81)
+    assert {ratio.metric for ratio in summary.ratios} >= {"like/auc, means of 3 and 2 seeds"}
 
 
 @pytest.mark.long

@@ -223,7 +223,9 @@ def test_a_finished_run_on_other_data_is_not_shown(
     folder.path.mkdir(parents=True)
     data = Path(config.data.path)
     known = DataIdentity.of(data, load_manifest(data), ())
-    folder.describe(config, replace(known, files=known.files | {"items.parquet": "sha256:0"}))
+    other = replace(known, files=known.files | {"items.parquet": "sha256:0"})
+    save(config, folder.config_file)
+    folder.data_file.write_bytes(other.to_json())
     metrics = {"hr@10": 0.25}
     result = {"epochs": 2, "steps": 16, "stopped_early": False, "best_epoch": 1, "test": metrics, "popularity": metrics}
     folder.finish(result)
@@ -231,7 +233,7 @@ def test_a_finished_run_on_other_data_is_not_shown(
         assert main([*overrides, *more]) == 2
         printed = capsys.readouterr()
         assert "holds a run on other data than" in printed.err and "0.2500" not in printed.out
-    folder.describe(config, known)
+    folder.data_file.write_bytes(known.to_json())
     assert main(overrides) == 0 and not agents
     assert "0.2500" in capsys.readouterr().out
 

@@ -61,6 +61,12 @@ def test_bounds_and_what_follows_from_them() -> None:
     assert time.mfu(2.0) == pytest.approx(time.flops / (8e12 * 2))
 
 
+def test_all_parts_of_a_step_move_their_activations() -> None:
+    whole, parts = (step_time(job(micro_batches=n), hardware(), PLAN) for n in (1, 2))
+    assert memory_of(job(micro_batches=2), 8).activations < memory_of(job(), 8).activations
+    assert parts.memory == whole.memory
+
+
 def test_precision_chooses_the_peak_of_a_known_chip() -> None:
     known = replace(hardware().chip, name="H100 SXM", peak_flops=None)
     seconds = {p: step_time(job(), hardware(chip=known), PlanConfig(precision=p)).compute for p in ("float32", "tf32")}

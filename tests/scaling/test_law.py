@@ -6,8 +6,11 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
+from hstu_dist.metrics.prediction import BinaryPredictions, RegressionSums
 from hstu_dist.scaling.law import Fit, LogLaw, PowerLaw, fit_law
+from hstu_dist.scaling.study import kind_of
 
 COMPUTE = np.geomspace(1e11, 1e14, 8)
 TRUE = PowerLaw(floor=4.2, scale=1.5, exponent=0.2, unit=1e12)
@@ -82,3 +85,18 @@ def test_the_same_points_give_the_same_intervals() -> None:
 def test_three_sizes_are_too_few() -> None:
     with pytest.raises(ValueError, match="got 3 sizes"):
         fit_law("power", np.array([1.0, 2.0, 2.0, 3.0]), np.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("values", "falling"),
+    [
+        (BinaryPredictions(torch.zeros(2), torch.tensor([True, False]), torch.zeros(2).long()), {"ne", "log_loss"}),
+        (RegressionSums(torch.tensor([2.0, 1.0, 1.0, 3.0, 5.0])), {"mse", "mae"}),
+    ],
+)
+def test_of_a_heads_metrics_those_fall_of_which_less_is_better(
+    values: BinaryPredictions | RegressionSums, falling: set[str]
+) -> None:
+    found = set(values.values())
+    assert {name for name in found if kind_of(f"head/{name}") == "power"} == falling and found > falling
+    assert kind_of("loss") == "power" and kind_of("hr@10") == "logarithm"

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from hstu_dist.__main__ import main
 from hstu_dist.checkpoint.manifest import Manifest, read_manifest
 from hstu_dist.commands.stream import oldest_epoch, windows_of
 from hstu_dist.commands.train import train
@@ -133,10 +136,27 @@ def test_every_event_is_evaluated_and_trained_on_once(whole: Path) -> None:
     windows = windows_of(RunFolder(whole / "stream"))
     assert sum(window["model/targets"] for window in windows if "model/targets" in window) == targets
     assert [window["window"] for window in windows] == list(range(HOURS))
+    assert result["dense_parameters"] > 0 and result["refused_steps"] == 0
     assert result["stopped_early"] and set(result["test"]) == {"hr@1", "ndcg@1", "hr@10", "ndcg@10", "mrr"}
     assert (whole / "stream" / "prequential.png").stat().st_size > 5000
     # what no checkpoint can come back to is gone
     assert 1 <= len(list((whole / "stream" / "stream").glob("window-*"))) <= 3
+
+
+@pytest.mark.distributed
+def test_items_of_a_dense_stream_are_scored_by_their_numbers(whole: Path, tmp_path: Path) -> None:
+    asked = {"item_ids": [[0, 3], [NUM_ITEMS - 1]], "timestamps": [[10, 20], [5]], "candidates": [[1, 2], [4]]}
+    pq.write_table(pa.table(asked), tmp_path / "asked.parquet")
+    words = [
+        "score",
+        str(whole / "stream"),
+        f"input={tmp_path / 'asked.parquet'}",
+        f"output={tmp_path / 'out.parquet'}",
+    ]
+    assert main([*words, "device=cpu", "threads=1"]) == 0
+    assert [len(row) for row in pq.read_table(tmp_path / "out.parquet")["scores"].to_pylist()] == [2, 1]
+    pq.write_table(pa.table({**asked, "candidates": [[NUM_ITEMS], [4]]}), tmp_path / "asked.parquet")
+    assert main([*words, "device=cpu", "threads=1"]) == 2
 
 
 @pytest.mark.distributed

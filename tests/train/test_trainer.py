@@ -244,6 +244,18 @@ def test_metrics_are_logged_by_step_number(tmp_path: Path) -> None:
         assert "speed/mfu" not in line
 
 
+def test_a_refused_step_has_no_loss_and_is_in_no_mean(tmp_path: Path) -> None:
+    config = LoggingConfig(every_steps=2, progress=False, tensorboard=False)
+
+    def step(batch: Any, work: Workload, position: tuple[int, int]) -> StepResult:
+        refused = position[0] in (1, 2, 3)
+        return StepResult(0.0, Workload(), 0.0) if refused else StepResult(3.0 * work.targets, work, 0.0)
+
+    with MetricsLog(tmp_path, config, {}, resume_step=0) as log:
+        idle_trainer([LogHook(config, log, flops_of)], step=step).fit()
+    assert [line.get("train/loss") for line in read_metrics(tmp_path)] == [3.0, None, 3.0]
+
+
 @pytest.mark.slow
 def test_speed_is_that_of_training_alone(tmp_path: Path) -> None:
     config = LoggingConfig(every_steps=2, progress=False, tensorboard=False)
