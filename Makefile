@@ -1,7 +1,8 @@
 # Two commands are enough on a machine with Python 3.11+ and pip: `make train` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
-NPROC ?= 2
+# one rank a GPU: a machine with a single one trains on one rank, any other on two
+NPROC ?= $(if $(filter 1,$(shell nvidia-smi -L 2>/dev/null | head -n 2 | wc -l)),1,2)
 # a GPU machine takes the CUDA build of fbgemm-gpu, any other the CPU build under the same name
 EXTRA ?= $(if $(shell command -v nvidia-smi),cuda,cpu)
 

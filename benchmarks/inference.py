@@ -61,7 +61,10 @@ def run(options: argparse.Namespace) -> int:
     for share in (1, 2, 8):
         problem = replace(size, candidates=size.candidates // share)
         parts[f"speed_{problem.candidates}"] = partial(speed, problem, options.device, quick)
-    parts |= {"memory": partial(memory, size, options.device), "serving": partial(serving, quick)}
+    parts["memory"] = partial(memory, size, options.device)
+    if options.device.type == "cpu":
+        # its server computes there
+        parts["serving"] = partial(serving, quick)
     return run_parts(environment.result_name("inference", options.device), parts, options, options.device)
 
 

@@ -6,6 +6,7 @@ import argparse
 import logging
 from dataclasses import asdict, dataclass
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -73,6 +74,9 @@ def run(options: argparse.Namespace) -> int:
         if options.only and case.name not in options.only:
             continue
         for ranks in case.ranks:
+            if options.device.type == "cuda" and ranks > torch.cuda.device_count():
+                log.warning("%s on %d ranks: left out, a rank needs a GPU of its own", case.name, ranks)
+                continue
             label = f"{case.name}, {ranks} x {options.threads or cores_per_rank(ranks)} threads"
             log.info("%s", label)
             answer = _measure(case, ranks, options)

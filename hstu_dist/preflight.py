@@ -143,6 +143,8 @@ def check_ranking(task: RankingConfig, loss: LossConfig, manifest: Manifest) -> 
 def check_plan(config: RunConfig, num_items: int, world_size: int) -> None:
     """Whether the fullest rank can hold its share of all tables and their optimizer state.
 
+    On GPUs, whose memory is not known before the ranks start, of the tables that live in the host's.
+
     Raises:
         UserError: more ranks than rows, a plan that does not fit, or more bytes than a rank has.
     """
@@ -154,6 +156,9 @@ def check_plan(config: RunConfig, num_items: int, world_size: int) -> None:
                 f"embedding table {name}: row_wise cannot split {table.rows} rows over {world_size} ranks",
                 "use sharding=table_wise for it, or fewer ranks",
             )
+    if config.trainer.device == "cuda":
+        specs = {name: spec for name, spec in specs.items() if spec.config.compute_kernel != "fused"}
+        plan = replace(plan, tables={name: table for name, table in plan.tables.items() if name in specs})
     held = plan.bytes_per_rank(specs)
     needed, limit = max(held), memory_limit(config)
     if limit is not None and needed > limit:

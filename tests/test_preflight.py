@@ -83,6 +83,13 @@ def test_a_prepared_log_needs_no_word_of_how_it_was_made(tmp_path: Path) -> None
         preflight(run(tmp_path, tmp_path / "data", f"data.input={log}"), world_size=1)
 
 
+def test_tables_in_a_gpus_memory_are_not_held_to_the_hosts(tmp_path: Path, tiny_data: Path) -> None:
+    small = ["cluster.memory_per_rank_gib=1e-9", "trainer.device=cuda"]
+    check_plan(run(tmp_path, tiny_data, *small), NUM_ITEMS, 2)
+    with pytest.raises(UserError, match=r"embedding tables: 0\.00 GiB on rank 0 of 2"):
+        check_plan(run(tmp_path, tiny_data, *small, "embedding.compute_kernel=fused_uvm"), NUM_ITEMS, 2)
+
+
 def write_data(folder: Path, *, last_item: int = 4) -> Path:
     """Three users who do the same five things."""
     folder.mkdir(exist_ok=True)

@@ -83,6 +83,13 @@ def _leave(weight: Tensor) -> Tensor:
     return weight
 
 
+def place_of(rank: int, device_type: str) -> str:
+    """Where a rank's part of a table is, in the words of ShardedTensor: on a GPU with its number on the machine."""
+    ranks = dist.get_world_size()
+    where: str = placement(device_type, rank, get_local_size(ranks) if device_type == "cuda" else ranks)
+    return where
+
+
 def sharded_tables(
     specs: Mapping[str, TableSpec], plan: EmbeddingPlan, device: torch.device, group: TableGroup
 ) -> DistributedModelParallel | None:
@@ -100,14 +107,10 @@ def sharded_tables(
     parameters = {name.split(".")[-2]: parameter for name, parameter in collections.named_parameters()}
     marked = {name: (parameters[name], spec) for name, spec in specs.items()}
     sharder = sharder_of(marked, kernel="fbgemm" if device.type == "cuda" else "ours")
-    ranks = dist.get_world_size()
-    # which GPU of its machine a rank has
-    local_size = get_local_size(ranks) if device.type == "cuda" else ranks
 
     def place(rank: int) -> str:
         """Of a rank of the group; TorchRec wants it among all ranks."""
-        where: str = placement(device.type, group.first_rank + rank, local_size)
-        return where
+        return place_of(group.first_rank + rank, device.type)
 
     modules = {
         collection: EmbeddingModuleShardingPlan({name: _parameter_sharding(plan.tables[name], place) for name in names})

@@ -19,6 +19,7 @@ from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
 from torch.distributed._shard.sharding_spec import ShardMetadata
 
 from hstu_dist.distributed.config import TableSpec
+from hstu_dist.distributed.torchrec_tables import place_of
 from hstu_dist.distributed.zch import EMPTY, Buckets, Layout, Met, keys_of
 from hstu_dist.ops.random import mix64
 
@@ -221,7 +222,7 @@ class GrowingVocabulary:
         starts = [self._layout.first_row(bucket) for bucket in self._first_buckets.tolist()]
         # a part without rows would pass for a copy of the one that begins where it does
         shards = {
-            rank: ShardMetadata([start], [end - start], f"rank:{rank}/{local.device.type}")
+            rank: ShardMetadata([start], [end - start], place_of(rank, local.device.type))
             for rank, (start, end) in enumerate(pairwise(starts))
             if start < end
         }

@@ -134,7 +134,9 @@ class TrainStep:
         reason = self._objection(gradient)
         if reason is not None:
             # what memory or an arithmetic unit got wrong once comes right now; what data or weights cause does not
-            self.optimizers.dense.zero_grad()
+            self.optimizers.take_back()
+            # from the start: fbgemm counts look-ups, not steps
+            self.optimizers.prepare(step, total_steps)
             gradient = self.gradient(batch, work, step)
             reason = self._objection(gradient)
         learning_rate = self.optimizers.config.learning_rate * factor

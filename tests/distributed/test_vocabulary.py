@@ -15,6 +15,7 @@ from hstu_dist.distributed.config import ITEM, EmbeddingConfig, TableOptimizerCo
 from hstu_dist.distributed.planner import build_tables
 from hstu_dist.distributed.process_group import process_group
 from hstu_dist.distributed.tables import EmbeddingTables
+from hstu_dist.distributed.torchrec_tables import place_of
 from hstu_dist.distributed.vocabulary import GrowingVocabulary, HashedVocabulary
 from hstu_dist.distributed.zch import EMPTY
 from tests.distributed.cases import whole
@@ -219,3 +220,13 @@ def test_a_hash_takes_any_id_and_counts_who_shares() -> None:
     distinct = {int(i): int(r) for i, r in zip(ids, found.rows, strict=True)}
     rows = list(distinct.values())
     assert vocabulary.usage.take() == [24, sum(rows.count(distinct[int(i)]) > 1 for i in ids), 0, 0]
+
+
+def _places() -> list[str]:
+    with process_group("cpu", 60.0):
+        return [place_of(1, kind) for kind in ("cuda", "cpu")]
+
+
+@pytest.mark.distributed
+def test_a_part_on_a_gpu_is_on_that_of_its_rank() -> None:
+    assert run_ranks(2, _places) == [["rank:1/cuda:1", "rank:1/cpu"]] * 2
