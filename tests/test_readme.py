@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hstu_dist.__main__ import _parser
+from hstu_dist.__main__ import _parser, main
 from hstu_dist.config import compose, compose_dict
 from hstu_dist.errors import ExitCode
 from hstu_dist.report.pages import Checkout, embed, everything, summary
@@ -24,14 +25,22 @@ FROM_PAGES = {tuple(words) for page in PAGES for words in commands(page.read_tex
 COMMANDS_OF_THE_PACKAGE = set(_parser()._subparsers._group_actions[0].choices)
 
 
-def test_make_train_runs_the_commands_of_the_main_job() -> None:
-    lines = subprocess.run(["make", "-n", "train"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+@pytest.mark.parametrize(("gpus", "ranks"), [(0, 2), (1, 1), (2, 2), (8, 2)])
+def test_make_train_runs_the_commands_of_the_main_job(gpus: int, ranks: int, tmp_path: Path) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\nfor i in $(seq {gpus}); do echo GPU $i; done\n")
+    smi.chmod(0o755)
+    # whatever the tests were asked for with make
+    kept = {name: value for name, value in os.environ.items() if name not in ("NPROC", "MAKEFLAGS", "MAKELEVEL")}
+    environment = {**kept, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["make", "-n", "train"]
+    lines = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
     modules = [shlex.split(line)[2:] for line in lines.splitlines() if re.search(r"-m (hstu_dist|launch) ", line)]
     assert [m[0] for m in modules] == ["hstu_dist", "launch"]
     assert modules[0][1] == "prepare"
     compose_dict("prepare", modules[0][2:])
     config = compose(modules[1][1:])
-    assert (config.nproc, config.data.path, config.model.kind) == (2, "data/ml1m", "hstu")
+    assert (config.nproc, config.data.path, config.model.kind) == (ranks, "data/ml1m", "hstu")
 
 
 @pytest.mark.slow
@@ -41,15 +50,15 @@ def test_every_command_is_accepted(command: tuple[str, ...]) -> None:
 
 
 @pytest.mark.slow
-def test_help_lists_every_command_with_a_line() -> None:
+def test_help_lists_every_command_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     helped = subprocess.run(
         [sys.executable, "-m", "hstu_dist", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     for command in ("prepare", "train", "evaluate", "plan"):
         assert re.search(rf"^ +{command} +\w.+$", helped, re.MULTILINE)
-        own = subprocess.run(
-            [sys.executable, "-m", "hstu_dist", command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout
+        with pytest.raises(SystemExit, match="0"):
+            main([command, "--help"])
+        own = capsys.readouterr().out
         assert "key=value" in own and "data" in own
     assert re.search(r"^ +report +\w.+$", helped, re.MULTILINE)
 

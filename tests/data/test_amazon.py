@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import threading
 import tracemalloc
@@ -228,9 +227,9 @@ def test_a_broken_file(tmp_path: Path, name: str) -> None:
     file.write_bytes(b"")
     assert name in refusal(file)
     if name.endswith("gz"):
-        content = gzip.compress("".join(f"{rating_line(r)}\n" for r in random_ratings(1)).encode())
-        file.write_bytes(content[:-100])
-        assert "cannot be read" in refusal(file) or "line 1" in refusal(file)
+        write_ratings(file, random_ratings(1))
+        file.write_bytes(file.read_bytes()[:-100])
+        assert "cannot be read" in refusal(file)
 
 
 def test_files_that_cannot_be_the_right_one(tmp_path: Path) -> None:

@@ -14,6 +14,10 @@ from tests.docs.pages import DOCS, ROOT
 MESSAGES = re.findall(r"^```text\n(.*?)\n```$", (DOCS / "faq.md").read_text(), re.DOTALL | re.MULTILINE)
 SHORTEST = 5
 """Signs that a text of the source needs to tell messages apart."""
+GENERIC = re.compile(r"configuration: |checkpoint |\bgot\b|\bexpected\b|[:,]")
+"""What many messages have."""
+OF_OTHERS = "mismatched input"
+"""Hydra's words, which no text of ours has."""
 
 
 @cache
@@ -31,7 +35,7 @@ def patterns(source: ast.Module) -> Iterator[str]:
         literals = [str(part.value) if isinstance(part, ast.Constant) else "" for part in parts]
         if (
             isinstance(parts[0], ast.Constant | ast.FormattedValue)
-            and sum(map(str.isprintable, "".join(literals).replace(" ", ""))) >= SHORTEST
+            and sum(map(str.isprintable, GENERIC.sub("", "".join(literals)).replace(" ", ""))) >= SHORTEST
         ):
             # logging fills in %-formats
             fixed = [".*".join(map(re.escape, re.split(r"%[\d.]*[sdfg]", text))) for text in literals]
@@ -49,9 +53,10 @@ def test_there_are_enough_of_them() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("message", MESSAGES)
 def test_the_source_says_it(message: str) -> None:
-    assert said(message)
+    assert said(message) or OF_OTHERS in message
 
 
 @pytest.mark.slow
 def test_a_message_of_nobody_is_found_out() -> None:
-    assert not said("nobody says such a thing")
+    for place in ("", "configuration: ", "checkpoint runs/x: ", "x: got 1, expected "):
+        assert not said(f"{place}nobody says such a thing")

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hstu_dist.__main__ import main
+from hstu_dist.checkpoint.manifest import MANIFEST_FILE, content_hash
 from hstu_dist.commands.trained import load_trained, run_of
 from hstu_dist.config import compose, save
 from hstu_dist.data.config import EventsConfig
@@ -115,17 +116,29 @@ def test_scores_are_those_of_retrieval(tiny_run: Path, everybody: Path, tmp_path
 
 @pytest.mark.distributed
 def test_the_best_checkpoint_is_used(tiny_data: Path, tiny_run: Path, everybody: Path, tmp_path: Path) -> None:
-    """Of two checkpoints, that of the best validation."""
+    """Of several checkpoints, that of the best validation."""
     from hstu_dist.commands.checkpoint import find
     from hstu_dist.commands.trained import read_weights
 
     result = json.loads((tiny_run / "result.json").read_text())
-    assert read_weights(RunFolder(tiny_run), 8).step == 8 * result["best_epoch"]
+    best = 8 * result["best_epoch"]
+    assert read_weights(RunFolder(tiny_run), 8).step == best
     # another one does not matter, such as one that training removes meanwhile
     copy = tmp_path / "copy"
     shutil.copytree(tiny_run, copy)
-    (RunFolder(copy).checkpoints / "step-00000001").mkdir()
-    assert len(find(copy)) > 1 and read_weights(RunFolder(copy), 8).step == 8 * result["best_epoch"]
+    folder = RunFolder(copy)
+    (folder.checkpoints / "step-00000001").mkdir()
+    assert len(find(copy)) > 1 and read_weights(folder, 8).step == best
+    # nor one that was validated later, and was worse
+    later = shutil.copytree(folder.checkpoints / f"step-{best:08d}", folder.checkpoints / "step-00000024")
+    document = json.loads((later / MANIFEST_FILE).read_text())
+    document["manifest"]["state"]["step"] = 24
+    document["xxh3"] = content_hash(document["manifest"])
+    (later / MANIFEST_FILE).write_text(json.dumps(document))
+    assert read_weights(folder, 8).step == best
+    # without the best one, the newest
+    shutil.rmtree(folder.checkpoints / f"step-{best:08d}")
+    assert read_weights(folder, 8).step == 24
 
 
 @pytest.mark.distributed

@@ -8,11 +8,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
+import threading
 import urllib.error
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -179,32 +179,50 @@ def test_other_places_and_methods(trained: Trained) -> None:
     played(trained, scenario)
 
 
-@contextmanager
-def slowed(server: Server, seconds: float) -> Iterator[list[int]]:
-    """A server whose batches take so long; gives the sizes of the batches."""
-    sizes: list[int] = []
-    compute = server.batcher._compute
+class Held:
+    """A server whose batches wait for a word.
 
-    def slow(jobs: Any) -> Any:
-        sizes.append(len(jobs))
-        time.sleep(seconds)
-        return compute(jobs)
+    Attributes:
+        sizes: of the batches that were begun.
+        go: lets them all end.
+    """
 
-    server.batcher._compute = slow
-    yield sizes
+    def __init__(self, server: Server) -> None:
+        self.sizes: list[int] = []
+        self.go = threading.Event()
+        self._begun = threading.Event()
+        self._compute = server.batcher._compute
+        server.batcher._compute = self._wait_and_compute
+
+    async def begun(self) -> None:
+        """Returns once a batch is computed."""
+        assert await asyncio.to_thread(self._begun.wait, 20)
+
+    def _wait_and_compute(self, jobs: Any) -> Any:
+        self.sizes.append(len(jobs))
+        self._begun.set()
+        assert self.go.wait(20)
+        return self._compute(jobs)
 
 
 @pytest.mark.distributed
 def test_overload_is_refused_at_once_and_the_rest_answered_in_batches(trained: Trained) -> None:
     async def scenario(client: Client, server: Server) -> None:
-        with slowed(server, 0.2) as sizes:
-            responses = await asyncio.gather(*(client.post("/v1/score", json=ask([1], [2])) for _ in range(30)))
+        held = Held(server)
+        first = asyncio.create_task(client.post("/v1/score", json=ask([1], [2])))
+        await held.begun()
+        others = [asyncio.create_task(client.post("/v1/score", json=ask([1], [2]))) for _ in range(29)]
+        async with asyncio.timeout(20):
+            while sum(other.done() for other in others) < 21:
+                await asyncio.sleep(0.01)
+        held.go.set()
+        responses = await asyncio.gather(first, *others)
         statuses = [response.status for response in responses]
-        assert set(statuses) == {200, 503} and statuses.count(200) <= 8 + sizes[0]
+        assert statuses.count(200) == 9 and statuses.count(503) == 21
         refused = next(response for response in responses if response.status == 503)
         assert refused.headers["Retry-After"] == "1"
         assert (await refused.json())["error"]["problem"] == "8 requests wait already"
-        assert sum(sizes) == statuses.count(200) and max(sizes) <= 4 and len(sizes) <= 4
+        assert held.sizes == [1, 4, 4]
 
     played(trained, scenario, max_pending=8, max_batch=4)
 
@@ -212,13 +230,15 @@ def test_overload_is_refused_at_once_and_the_rest_answered_in_batches(trained: T
 @pytest.mark.distributed
 def test_a_late_answer_is_504_and_is_not_computed(trained: Trained) -> None:
     async def scenario(client: Client, server: Server) -> None:
-        with slowed(server, 0.5) as sizes:
-            responses = await asyncio.gather(*(client.post("/v1/score", json=ask([1], [2])) for _ in range(3)))
-            assert [response.status for response in responses] == [504] * 3
-            assert (await responses[0].json())["error"]["type"] == "late"
-            await asyncio.sleep(0.5)
-        # whoever waited for the first batch was late when its turn came
-        assert sum(sizes) < 3 or len(sizes) == 1
+        held = Held(server)
+        responses = await asyncio.gather(*(client.post("/v1/score", json=ask([1], [2])) for _ in range(3)))
+        assert [response.status for response in responses] == [504] * 3
+        assert (await responses[0].json())["error"]["type"] == "late"
+        held.go.set()
+        # long enough for the other two
+        await asyncio.sleep(0.5)
+        # who waited for the first batch was late when its turn came
+        assert held.sizes == [1]
 
     played(trained, scenario, timeout_seconds=0.2, max_batch=1)
 
@@ -284,18 +304,21 @@ def test_whoever_comes_while_it_stops_hears_so(trained: Trained) -> None:
             await asyncio.sleep(0.02)
         url = said[0].split()[-1]
         async with ClientSession() as client:
-            with slowed(server, 0.5):
-                under_way = asyncio.create_task(client.post(f"{url}/v1/score", json=ask([1], [2])))
-                await asyncio.sleep(0.2)
-                os.kill(os.getpid(), signal.SIGTERM)
-                await asyncio.sleep(0.1)
-                # connections of their own
-                async with ClientSession() as late:
-                    statuses = [
-                        (await late.get(f"{url}/health")).status,
-                        (await late.post(f"{url}/v1/score", json=ask([1], [2]))).status,
-                        (await under_way).status,
-                    ]
+            held = Held(server)
+            under_way = asyncio.create_task(client.post(f"{url}/v1/score", json=ask([1], [2])))
+            await held.begun()
+            os.kill(os.getpid(), signal.SIGTERM)
+            async with asyncio.timeout(20):
+                while not server.stopping:
+                    await asyncio.sleep(0.01)
+            # connections of their own
+            async with ClientSession() as late:
+                statuses = [
+                    (await late.get(f"{url}/health")).status,
+                    (await late.post(f"{url}/v1/score", json=ask([1], [2]))).status,
+                ]
+            held.go.set()
+            statuses.append((await under_way).status)
             await serving
         return statuses, said[-1]
 
@@ -305,13 +328,14 @@ def test_whoever_comes_while_it_stops_hears_so(trained: Trained) -> None:
 @pytest.mark.distributed
 def test_stopping_answers_what_is_under_way_and_refuses_the_rest(trained: Trained) -> None:
     async def scenario(client: Client, server: Server) -> None:
-        with slowed(server, 0.3):
-            under_way = asyncio.create_task(client.post("/v1/score", json=ask([1], [2])))
-            await asyncio.sleep(0.1)
-            server.stopping = True
-            refused = await client.post("/v1/score", json=ask([1], [2]))
-            assert refused.status == 503 and (await refused.json())["error"]["problem"] == "the server stops"
-            assert (await client.get("/health")).status == 503
-            assert (await under_way).status == 200
+        held = Held(server)
+        under_way = asyncio.create_task(client.post("/v1/score", json=ask([1], [2])))
+        await held.begun()
+        server.stopping = True
+        refused = await client.post("/v1/score", json=ask([1], [2]))
+        assert refused.status == 503 and (await refused.json())["error"]["problem"] == "the server stops"
+        assert (await client.get("/health")).status == 503
+        held.go.set()
+        assert (await under_way).status == 200
 
     played(trained, scenario)

@@ -10,14 +10,18 @@ import pytest
 
 from launch.local import run
 
-# asks its parent to stop like an impatient user, counts what arrives, and takes a moment to save
+# asks its parent to stop like an impatient user, counts what arrives, and takes a moment to save, in which a second
+# request would arrive
 _CHILD = """
 import os, signal, sys, time
 received = []
 signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+deadline = time.monotonic() + 30
 for _ in range(3):
     os.kill(os.getppid(), {signal})
-    time.sleep(0.15)
+    while not received and time.monotonic() < deadline:
+        time.sleep(0.01)
+time.sleep(0.3)
 sys.exit({code} if received == [signal.SIGTERM] else 99)
 """
 

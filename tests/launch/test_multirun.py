@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import subprocess
@@ -11,7 +12,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
+from hstu_dist.config import conf_dir
 from hstu_dist.run_folder import RunFolder
 from hydra_plugins.hstu_dist_launcher import HstuDistLauncher
 from launch import multirun
@@ -228,7 +231,8 @@ def test_the_ladder_has_two_seeds_of_its_small_half() -> None:
     names = {cell.config.name for cell in cells}
     assert len(names) == 24 and {cell.config.output for cell in cells} == {"runs/scaling"}
     assert {f"scaling_hstu_size-s0{rung}_seed2" for rung in range(1, 5)} < names
-    assert len(cells_of(["+sweep=isoflop"])) == 16
+    sizes = OmegaConf.load(conf_dir() / "sweep" / "isoflop.yaml").hydra.sweeper.params.values()
+    assert math.prod(len(values.split(",")) for values in sizes) == 16
 
 
 @pytest.mark.slow

@@ -185,27 +185,27 @@ def test_same_bits_on_every_run_and_any_number_of_threads(spec: AttentionSpec) -
 
 
 _COUNT_THREADS = """
-import os, sys, torch
-torch.set_num_threads(int(sys.argv[1]))
+import os, torch
 from hstu_dist.ops import native
 from tests.ops import cases
 p = cases.problem(cases.Case(name="threads", lengths=(3,) * 8))
 before = len(os.listdir("/proc/self/task"))
-p.run(cases.Backend.NATIVE, torch.float32)
-print(len(os.listdir("/proc/self/task")) - before)
+for threads in (1, 3):
+    torch.set_num_threads(threads)
+    p.run(cases.Backend.NATIVE, torch.float32)
+    print(len(os.listdir("/proc/self/task")) - before)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
-@pytest.mark.parametrize(("threads", "started"), [(1, 0), (3, 2)])
-def test_obeys_the_number_of_threads(threads: int, started: int) -> None:
+def test_obeys_the_number_of_threads() -> None:
     root = Path(__file__).parents[2]
     result = subprocess.run(
-        [sys.executable, "-c", _COUNT_THREADS, str(threads)], cwd=root, capture_output=True, text=True, check=True
+        [sys.executable, "-c", _COUNT_THREADS], cwd=root, capture_output=True, text=True, check=True
     )
     # the tensors are too small for PyTorch to start threads of its own
-    assert int(result.stdout) == started
+    assert result.stdout.split() == ["0", "2"]
 
 
 def test_long_sequence_in_linear_memory() -> None:

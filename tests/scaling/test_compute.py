@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hstu_dist.commands.scale_cells import training_compute
-from hstu_dist.config import compose, conf_dir
+from hstu_dist.config import RunConfig, compose, conf_dir
 from hstu_dist.data.config import StochasticLengthConfig
 from hstu_dist.data.stochastic_length import StochasticLength
 from hstu_dist.models.flops import Workload, count_flops, encoder_work
@@ -24,11 +25,16 @@ RUN_HERE = [f"s{rung:02}" for rung in range(1, 9)]
 FAMILIES = ("scaling_hstu", "scaling_sasrec")
 
 
+@cache
+def config_of(family: str, size: str) -> RunConfig:
+    return compose([f"experiment={family}", f"size={size}"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", RUN_HERE)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_torch_counts_the_same(family: str, size: str) -> None:
-    config = compose([f"experiment={family}", f"size={size}"])
+    config = config_of(family, size)
     model, loss = config.retrieval
     length, scores = model.max_length, loss.scores_per_token(config.data.num_items)  # type: ignore[union-attr]
     tower = tower_of(replace(model, backend="reference"))  # type: ignore[arg-type]
@@ -49,7 +55,7 @@ def test_torch_counts_the_same(family: str, size: str) -> None:
 @pytest.mark.slow
 def test_the_ladder_grows_in_everything_and_goes_on_to_clusters() -> None:
     for family in FAMILIES:
-        configs = [compose([f"experiment={family}", f"size={size}"]) for size in LADDER]
+        configs = [config_of(family, size) for size in LADDER]
         computes = [training_compute(config) or 0 for config in configs]
         assert computes == sorted(computes)
         assert computes[7] / computes[0] > 1000 and computes[7] < 1e14 and computes[-1] > 1e21
@@ -59,7 +65,7 @@ def test_the_ladder_grows_in_everything_and_goes_on_to_clusters() -> None:
     seeds = [compose(["experiment=scaling_hstu", f"size=s{rung:02}_seed2"]) for rung in range(1, 5)]
     assert [config.seed for config in seeds] == [2] * 4
     assert [config.model for config in seeds] == [
-        compose(["experiment=scaling_hstu", f"size=s{rung:02}"]).model for rung in range(1, 5)
+        config_of("scaling_hstu", f"s{rung:02}").model for rung in range(1, 5)
     ]
 
 
@@ -86,7 +92,7 @@ def test_stochastic_length_counts_what_is_kept() -> None:
     work = sum((encoder_work(model, [int(n)] * int((lengths == n).sum())) for n in set(lengths.tolist())), Workload())  # type: ignore[arg-type]
     expected = count_flops(model, work, 129).training  # type: ignore[arg-type]
     assert training_compute(config) == expected
-    whole = training_compute(compose(["experiment=scaling_hstu", "size=s08"]))
+    whole = training_compute(config_of("scaling_hstu", "s08"))
     assert whole is not None and expected < 0.6 * whole
 
 

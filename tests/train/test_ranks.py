@@ -11,18 +11,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from hstu_dist.batch import JaggedBatch
 from hstu_dist.commands.memory import explained_memory
 from hstu_dist.distributed.process_group import process_group
 from hstu_dist.errors import UserError
 from hstu_dist.models.flops import Workload
-from hstu_dist.train import ranks
+from hstu_dist.train import hooks, ranks
 from hstu_dist.train.config import LoggingConfig
+from hstu_dist.train.hooks import LogHook
 from hstu_dist.train.metrics_file import read_metrics
 from hstu_dist.train.metrics_log import MetricsLog
 from hstu_dist.train.ranks import Pace, StragglerHook
 from hstu_dist.train.step import StepResult
 from tests.distributed.ranks import run_ranks
-from tests.train.cases import WORLD, idle_trainer
+from tests.train.cases import BATCHES, WORLD, idle_trainer
 
 
 @pytest.mark.parametrize(
@@ -97,3 +99,25 @@ def test_a_real_allocation_that_is_too_large() -> None:
 def test_other_errors_stay_what_they_are() -> None:
     with pytest.raises(RuntimeError, match="shape"), explained_memory(WORLD):
         raise RuntimeError("shape mismatch")
+
+
+def logged(folder: Path) -> None:
+    """On a rank: a run whose losses and memory are larger on rank 1."""
+    with process_group("cpu", 60) as world, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hooks, "peak_memory_bytes", lambda device: (world.rank + 1) * 2**30)
+        config = LoggingConfig(every_steps=1, progress=False, tensorboard=False)
+        log = MetricsLog(folder, config, {}, 0) if world.is_main else None
+
+        def step(batch: JaggedBatch, work: Workload, position: tuple[int, int]) -> StepResult:
+            return StepResult((world.rank + 1.0) * work.targets, work, 0.5)
+
+        replace(idle_trainer([LogHook(config, log, lambda work: work.tokens)], epochs=1, step=step), world=world).fit()
+        if log is not None:
+            log.close()
+
+
+@pytest.mark.distributed
+def test_a_line_of_the_log_is_of_all_ranks(tmp_path: Path) -> None:
+    run_ranks(2, logged, tmp_path)
+    lines = read_metrics(tmp_path)
+    assert [(line["train/loss"], line["memory/peak_gib_per_rank"]) for line in lines] == [(3.0, 2.0)] * BATCHES

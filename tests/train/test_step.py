@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -123,6 +124,14 @@ def test_weights_that_are_no_numbers_are_found_by_the_loss(tiny_data: Path) -> N
     assert refusal is not None and refusal.reason == "the loss is not a finite number on rank 0"
 
 
+def _noted(call: Callable[..., None], name: str, calls: list[str]) -> Callable[..., None]:
+    def noted(*arguments: Any) -> None:
+        calls.append(name)
+        call(*arguments)
+
+    return noted
+
+
 def test_what_goes_wrong_once_is_computed_again(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = []
     accumulate = TrainStep._accumulate
@@ -134,9 +143,15 @@ def test_what_goes_wrong_once_is_computed_again(tiny_data: Path, monkeypatch: py
             return accumulate(self, *arguments) * (math.nan if next(calls) == wrong else 1.0)
 
         monkeypatch.setattr(TrainStep, "_accumulate", loss)
+        table, told = session.optimizers.table, list[str]()
+        for name in ("prepare", "take_back"):
+            monkeypatch.setattr(table, name, _noted(getattr(table, name), name, told))
         results = [step(batch, work_of(batch), (i, 16)) for i, batch in enumerate(session.loader(Split.TRAIN).epoch(0))]
         assert all(result.refusal is None for result in results)
         losses.append(([result.loss_sum for result in results], tensors_of(session)))
+        # fbgemm counts look-ups: the table hears of the second one as of the first
+        again = [] if wrong < 0 else ["take_back", "prepare"]
+        assert told == ["prepare"] * 3 + again + ["prepare"] * 5 and int(table.step) == 8
     assert losses[0][0] == losses[1][0] and same(losses[0][1], losses[1][1])
 
 

@@ -54,7 +54,7 @@ def test_the_peak_of_a_gpu_follows_the_precision_of_its_products(monkeypatch: py
 def test_a_cpu_is_measured_quickly(dtype: torch.dtype) -> None:
     started = time.perf_counter()
     peak = measured_peak_flops(torch.device("cpu"), dtype)
-    assert time.perf_counter() - started < 1
+    assert time.perf_counter() - started < 10
     # any CPU of this century, and none of this decade
     assert 1e8 < peak < 1e15
 
