@@ -17,7 +17,7 @@ from hstu_dist.config import RunConfig, difference, from_dict, to_dict
 from hstu_dist.errors import UserError
 from hstu_dist.machine import cores_per_rank
 from hstu_dist.report.results import Ratio, Results, Row, load, write
-from hstu_dist.run_folder import RunFolder, commit_of
+from hstu_dist.run_folder import RunFolder, commits_of
 from hstu_dist.train.metrics_file import read_metrics
 
 CONFIGURATION = "configuration"
@@ -165,7 +165,8 @@ def _device_of(config: RunConfig) -> str:
 
 def _commit_of(run: Run, now: str) -> str:
     """The commit that trained; of the present one we know whether more than result files was changed."""
-    trained = commit_of(run.environment)
-    if trained.removesuffix("-dirty") == now.removesuffix("+changes"):
+    trained = commits_of(run.environment)
+    clean = list(dict.fromkeys(commit.removesuffix("-dirty") for commit in trained))
+    if clean == [now.removesuffix("+changes")]:
         return now
-    return trained.replace("-dirty", "+changes")
+    return clean[0] + ("+changes" if trained != clean or len(clean) > 1 else "")

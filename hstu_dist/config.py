@@ -172,16 +172,11 @@ class RunConfig:
                     f"optimizer.average_decay: got {self.optimizer.average_decay}, expected null: "
                     f"the {dtype} rows of table {name} are too short for an average"
                 )
-            kernel = spec.config.compute_kernel
-            if kernel == "fused_uvm_caching" and self.embedding.replicas > 1:
+            averages = self.embedding.replicas > 1 or self.optimizer.average_decay is not None
+            if spec.config.compute_kernel == "fused_uvm_caching" and averages:
                 raise ValueError(
-                    f"embedding table {name}: got compute_kernel={kernel}, expected fused or fused_uvm with "
-                    "embedding.replicas: averages are written to the table, not to its cache"
-                )
-            if kernel != "fused" and self.optimizer.average_decay is not None:
-                raise ValueError(
-                    f"embedding table {name}: got compute_kernel={kernel}, expected fused with "
-                    "optimizer.average_decay: the average of its rows is kept in the device's memory"
+                    f"embedding table {name}: got compute_kernel=fused_uvm_caching, expected fused (or, with "
+                    "embedding.replicas, fused_uvm): averages are written to the table, not to its cache"
                 )
         self._check_vocabularies()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -57,6 +58,7 @@ def preflight(config: RunConfig, world_size: int, trains: bool = True) -> Manife
     check_plan(config, num_items, world_size // config.embedding.replicas)
     copies = config.trainer.checkpoint.keep + _CHECKPOINTS_AT_ONCE
     specs = specs_of(config, num_items)
+    _check_average(config, specs)
     (table_bytes,) = configured_plan(specs, 1).bytes_per_rank(specs)
     folder = RunFolder(config.run_dir)
     folder.check(config, needed_bytes=table_bytes * copies + (1 << 20) if trains else 0)
@@ -156,7 +158,7 @@ def check_plan(config: RunConfig, num_items: int, world_size: int) -> None:
                 f"embedding table {name}: row_wise cannot split {table.rows} rows over {world_size} ranks",
                 "use sharding=table_wise for it, or fewer ranks",
             )
-    if config.trainer.device == "cuda":
+    if on_gpus(config):
         specs = {name: spec for name, spec in specs.items() if spec.config.compute_kernel != "fused"}
         plan = replace(plan, tables={name: table for name, table in plan.tables.items() if name in specs})
     held = plan.bytes_per_rank(specs)
@@ -172,6 +174,28 @@ def check_plan(config: RunConfig, num_items: int, world_size: int) -> None:
             f"use {_enough_ranks(specs, limit)}dtype=fp16, an optimizer with less state, a smaller model.width, "
             "or a larger limit (cluster.memory_per_rank_gib)",
         )
+
+
+def on_gpus(config: RunConfig) -> bool:
+    """Whether a run computes on GPUs, as far as this machine tells."""
+    device = config.trainer.device
+    return device == "cuda" or (device == "auto" and shutil.which("nvidia-smi") is not None)
+
+
+def _check_average(config: RunConfig, specs: Mapping[str, TableSpec]) -> None:
+    """Whether the average of all rows is where the rows are.
+
+    Raises:
+        UserError: they are in the host's memory, and it would take the GPU's.
+    """
+    for name, spec in specs.items():
+        kernel = spec.config.compute_kernel
+        if kernel != "fused" and config.optimizer.average_decay is not None:
+            raise UserError(
+                f"embedding table {name}: got compute_kernel={kernel}, expected fused with optimizer.average_decay, "
+                "which keeps the average of its rows in the GPU's memory",
+                "use compute_kernel=fused, or optimizer.average_decay=null",
+            )
 
 
 def _enough_ranks(specs: Mapping[str, TableSpec], limit: int) -> str:

@@ -150,13 +150,10 @@ class RunFolder:
             UserError: it is not, or the record is damaged.
         """
         known = self.data()
-        changed = known.other_files(manifest.files) if known and manifest else []
-        if changed:
+        if known is not None and manifest is not None and not known.is_of(manifest):
             raise UserError(
-                f"run folder {self.path}: holds a run on other data than {config.data.path} has now "
-                f"({', '.join(changed[:3])})",
-                "bring that data back, or set name=NAME for a new run; if it is the same data, written by another "
-                f"version of a library, remove {self.data_file}",
+                f"run folder {self.path}: holds a run on other data than {config.data.path} has now",
+                f"bring that data back, or set name=NAME for a new run ({self.data_file} has the old files' hashes)",
             )
 
     def check_unused(self) -> None:
@@ -327,11 +324,10 @@ def _what_computes(environment: dict[str, Any]) -> list[Any]:
     return [environment.get(name) for name in ("commit", "python", "machine", "versions")]
 
 
-def commit_of(environment: dict[str, Any]) -> str:
-    """The commit that a run was trained with, or `COMMIT-dirty` where it went on with others."""
+def commits_of(environment: dict[str, Any]) -> list[str]:
+    """The commits that a run was trained with, in the order in which they came."""
     began = str(environment.get("commit", "unknown"))
-    others = {later["commit"] for later in environment.get("continued", ())} - {began}
-    return f"{began.removesuffix('-dirty')}-dirty" if others else began
+    return list(dict.fromkeys([began, *(later["commit"] for later in environment.get("continued", ()))]))
 
 
 def git_commit() -> str:

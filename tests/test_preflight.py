@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,11 +84,26 @@ def test_a_prepared_log_needs_no_word_of_how_it_was_made(tmp_path: Path) -> None
         preflight(run(tmp_path, tmp_path / "data", f"data.input={log}"), world_size=1)
 
 
-def test_tables_in_a_gpus_memory_are_not_held_to_the_hosts(tmp_path: Path, tiny_data: Path) -> None:
+def test_tables_in_a_gpus_memory_are_not_held_to_the_hosts(
+    tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small = ["cluster.memory_per_rank_gib=1e-9", "trainer.device=cuda"]
     check_plan(run(tmp_path, tiny_data, *small), NUM_ITEMS, 2)
+    auto = run(tmp_path, tiny_data, small[0], "trainer.device=auto")
+    monkeypatch.setattr(preflight_module.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="embedding tables: "):
+        check_plan(auto, NUM_ITEMS, 2)
+    monkeypatch.setattr(preflight_module.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    check_plan(auto, NUM_ITEMS, 2)
     with pytest.raises(UserError, match=r"embedding tables: 0\.00 GiB on rank 0 of 2"):
         check_plan(run(tmp_path, tiny_data, *small, "embedding.compute_kernel=fused_uvm"), NUM_ITEMS, 2)
+
+
+def test_an_average_does_not_go_where_its_rows_did_not(tmp_path: Path, tiny_data: Path) -> None:
+    words = ["optimizer.average_decay=0.9", "trainer.device=cuda"]
+    preflight(run(tmp_path, tiny_data, *words), 1)
+    with pytest.raises(UserError, match=r"got compute_kernel=fused_uvm, expected fused with optimizer\.average_decay"):
+        preflight(run(tmp_path, tiny_data, *words, "embedding.compute_kernel=fused_uvm"), 1)
 
 
 def write_data(folder: Path, *, last_item: int = 4) -> Path:
@@ -106,18 +122,17 @@ def test_a_run_goes_on_with_the_data_that_it_began_with(tmp_path: Path) -> None:
     manifest = preflight(config, world_size=1)
     assert manifest is not None
     folder.describe(config, DataIdentity.of(tmp_path / "data", manifest, ()))
-    # as many users, items and events as before, and what was prepared from the same log is the same
+    # in other files, as another machine would have written it
+    folder.data_file.write_bytes(replace(DataIdentity.of(tmp_path / "data", manifest, ()), files={}).to_json())
+    preflight(config, world_size=1)
+    # as many users, items and events as before
     write_data(tmp_path, last_item=5)
     with pytest.raises(UserError) as caught:
         preflight(config, world_size=1)
     assert str(caught.value) == (
         f"run folder {folder.path}: holds a run on other data than {tmp_path}/data has now "
-        "(items.parquet) -> bring that data back, or set name=NAME for a new run; if it is the same data, "
-        f"written by another version of a library, remove {folder.path}/data.json"
+        f"-> bring that data back, or set name=NAME for a new run ({folder.path}/data.json has the old files' hashes)"
     )
-    write_data(tmp_path)
-    preflight(config, world_size=1)
-    write_data(tmp_path, last_item=5)
     folder.data_file.unlink()
     preflight(config, world_size=1)
 

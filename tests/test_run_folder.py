@@ -16,7 +16,7 @@ import pytest
 from hstu_dist import run_folder
 from hstu_dist.config import RunConfig, compose
 from hstu_dist.errors import UserError
-from hstu_dist.run_folder import RunFolder, commit_of
+from hstu_dist.run_folder import RunFolder, commits_of
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +107,10 @@ def test_a_run_that_goes_on_with_other_code_says_so(
     folder.describe(config)
     began = folder.environment()
     folder.describe(config)
-    assert folder.environment() == began and commit_of(began) == "a"
+    assert folder.environment() == began and commits_of(began) == ["a"]
     folder.describe(config)
     folder.describe(config)
     folder.describe(config)
     now = folder.environment()
     assert [later["commit"] for later in now.pop("continued")] == ["b", "a"] and now == began
-    assert commit_of(folder.environment()) == "a-dirty" and commit_of({}) == "unknown"
+    assert commits_of(folder.environment()) == ["a", "b"] and commits_of({}) == ["unknown"]

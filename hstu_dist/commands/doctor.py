@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from hstu_dist.doctor.finding import Finding, Status, fail, in_turn
 from hstu_dist.doctor.machine import machine_checks
 from hstu_dist.doctor.packages import package_checks
 from hstu_dist.errors import ExitCode
+from hstu_dist.preflight import on_gpus
 
 _RANKS_SECONDS = 300.0
 
@@ -89,8 +89,7 @@ def _among_ranks(config: RunConfig, unseen: Sequence[Finding]) -> Iterator[Findi
 
 def _usual_ranks(config: RunConfig) -> int:
     """Two, so that something lies between them; no more than the run has where each needs a GPU of its own."""
-    on_gpus = config.trainer.device == "cuda" or (config.trainer.device == "auto" and shutil.which("nvidia-smi"))
-    return min(2, config.nproc) if on_gpus else 2
+    return min(2, config.nproc) if on_gpus(config) else 2
 
 
 def _local_ranks(ranks: int, overrides: Sequence[str]) -> Iterator[Finding]:

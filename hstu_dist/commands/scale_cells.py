@@ -17,7 +17,7 @@ from hstu_dist.data.stream.config import StreamConfig
 from hstu_dist.errors import UserError
 from hstu_dist.files import write_atomically
 from hstu_dist.models.config import RetrievalConfig
-from hstu_dist.run_folder import RunFolder, commit_of
+from hstu_dist.run_folder import RunFolder, commits_of
 from hstu_dist.scaling.compute import trained_lengths, training_flops
 from hstu_dist.scaling.points import Point
 
@@ -133,8 +133,14 @@ def _point(run: RunFolder) -> Point:
         seconds=float(speed["train_seconds"]),
         metrics={name: float(value) for name, value in result["test"].items()},
         date=str(environment.get("date", "")),
-        commit=commit_of(environment),
+        commit=_commit_of(environment),
     )
+
+
+def _commit_of(environment: dict[str, Any]) -> str:
+    """As dirty where the run saw several: none of them alone gave the result."""
+    began, *others = commits_of(environment)
+    return f"{began.removesuffix('-dirty')}-dirty" if others else began
 
 
 def _text(values: dict[str, Any]) -> str:

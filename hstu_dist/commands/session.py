@@ -145,8 +145,10 @@ class Session(ModelSession):
             _check_records(dataset, config.record_split)
         return cls(**vars(build_model(config, world, dataset.num_items)), dataset=dataset, moments=moments)
 
-    def data_identity(self) -> DataIdentity:
-        """Which data this is, for whoever goes on with the run or uses it."""
+    def data_identity(self, known: DataIdentity | None) -> DataIdentity:
+        """Which data this is, for whoever goes on with the run or uses it; `known` if that says so already."""
+        if known is not None and known.files == self.dataset.manifest.files:
+            return known
         task, folder = self.config.task, Path(self.config.prepared.path)
         features = task.contextual if isinstance(task, RankingConfig) else ()
         return DataIdentity.of(folder, self.dataset.manifest, features)

@@ -91,7 +91,7 @@ def _run(config: RunConfig, world: World, folder: RunFolder, say: Callable[[str]
     run = Run.restored(session, folder)
     if world.is_main:
         _announce(session, run.state, say)
-        folder.describe(config, session.data_identity())
+        folder.describe(config, session.data_identity(folder.data()))
         session.recommender.tables.plan.save(folder.path / PLAN_FILE)
     trainer = run.fit(session.loader(session.training_split), partial(_evaluation_hooks, session))
     if trainer.interrupted:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from hstu_dist.data.contextual import contextual_values
+from hstu_dist.data.contextual import USER, contextual_values
 from hstu_dist.data.schema import Manifest
 from hstu_dist.data.vocabulary import Vocabulary
 from hstu_dist.validation import STRICT
 
 ITEMS = "items"
 """What the values of the item table's ids go by."""
+
+_MADE_FROM = ("name", "recipe", "sources", "action_fields", "num_users", "num_items", "num_events")
+"""Of a manifest: the same give the same sequences, in however many files they are."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -28,16 +32,18 @@ class DataIdentity:
 
     Attributes:
         files: hash of every data file, by name.
+        made_from: hash of what the data set was made from, and of how much came out.
         values: hash of the raw values that ids stand for, by `items` or `contextual.NAME`. Data that was prepared again
             with more events keeps them while it has the same items.
     """
 
     files: dict[str, str]
+    made_from: str
     values: dict[str, str]
 
     @classmethod
     def of(cls, folder: Path, manifest: Manifest, contextual: Sequence[str]) -> DataIdentity:
-        """Of a data set.
+        """Of a data set; reads all of its values once.
 
         Args:
             folder: of the data set.
@@ -47,9 +53,15 @@ class DataIdentity:
         Raises:
             UserError: a file is missing or damaged.
         """
-        features = contextual_values(folder, manifest, contextual)
-        raw = {ITEMS: Vocabulary.items(folder).raw} | {feature(name): values for name, values in features.items()}
-        return cls(files=manifest.files, values={name: values_hash(values) for name, values in raw.items()})
+        values = {ITEMS: values_hash(Vocabulary.raw_items(folder))}
+        for name in contextual:
+            raw = (
+                Vocabulary.raw_users(folder)
+                if name == USER
+                else iter(contextual_values(folder, manifest, [name]).values())
+            )
+            values[feature(name)] = values_hash(raw)
+        return cls(files=manifest.files, made_from=_made_from(manifest), values=values)
 
     @classmethod
     def from_json(cls, text: bytes) -> DataIdentity:
@@ -64,13 +76,16 @@ class DataIdentity:
         """Readable JSON."""
         return json.dumps(asdict(self), indent=1).encode()
 
-    def other_files(self, files: Mapping[str, str]) -> list[str]:
-        """Names of the files that are missing, new or not the same, in order."""
-        return sorted(name for name in self.files | dict(files) if self.files.get(name) != files.get(name))
+    def is_of(self, manifest: Manifest) -> bool:
+        """Whether a data set is this one: by its files, or because it was made from the same.
+
+        The number of files depends on the memory of the machine, their bytes on versions of libraries.
+        """
+        return self.files == manifest.files or self.made_from == _made_from(manifest)
 
     def are_values_of(self, name: str, values: pa.Array) -> bool:
         """Whether the ids of `items` or a feature still stand for these values."""
-        return self.values[name] == values_hash(values)
+        return self.values[name] == values_hash(iter([values]))
 
 
 def feature(name: str) -> str:
@@ -78,16 +93,25 @@ def feature(name: str) -> str:
     return f"contextual.{name}"
 
 
-def values_hash(values: pa.Array) -> str:
-    """`sha256:` and the hexadecimal digest of values in their order, whatever Parquet layout they came from."""
-    if not pa.types.is_primitive(values.type):
-        values = values.cast(pa.string())
-    digest = hashlib.sha256(str(values.type).encode())
-    if pa.types.is_string(values.type):
-        _, offsets, text = values.buffers()
-        ends = np.frombuffer(offsets, np.int32)[values.offset : values.offset + len(values) + 1]
-        digest.update(np.diff(ends).tobytes())
-        digest.update(memoryview(text or b"")[ends[0] : ends[-1]])
-    else:
-        digest.update(values.to_numpy(zero_copy_only=False).tobytes())
-    return f"sha256:{digest.hexdigest()}"
+def values_hash(parts: Iterator[pa.Array]) -> str:
+    """`sha256:` and the hexadecimal digest of values in their order, however they are stored and cut into parts."""
+    kind, numbers, texts = "", hashlib.sha256(), hashlib.sha256()
+    for part in parts:
+        values = part if pa.types.is_primitive(part.type) else part.cast(pa.string())
+        kind = str(values.type)
+        if pa.types.is_string(values.type):
+            _, offsets, text = values.buffers()
+            ends = np.frombuffer(offsets, np.int32)[values.offset : values.offset + len(values) + 1]
+            numbers.update(np.diff(ends).tobytes())
+            texts.update(memoryview(text or b"")[ends[0] : ends[-1]])
+        else:
+            numbers.update(values.to_numpy(zero_copy_only=False).tobytes())
+    whole = hashlib.sha256(f"{kind} {numbers.hexdigest()} {texts.hexdigest()}".encode())
+    return f"sha256:{whole.hexdigest()}"
+
+
+def _made_from(manifest: Manifest) -> str:
+    known: dict[str, Any] = {name: getattr(manifest, name) for name in _MADE_FROM}
+    # the fields of an action lie in their order
+    known["action_fields"] = list(manifest.action_fields.items())
+    return f"sha256:{hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()}"

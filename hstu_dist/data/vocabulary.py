@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,8 @@ import pyarrow.parquet as pq
 
 from hstu_dist.data.schema import ITEMS_FILE, USERS_FILE, vocabulary_schema
 from hstu_dist.errors import UserError
+
+_REMEDY = "run `python -m hstu_dist prepare` again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,17 +54,43 @@ class Vocabulary:
         return cls._read(Path(path) / USERS_FILE)
 
     @classmethod
+    def raw_items(cls, path: str | Path) -> Iterator[pa.Array]:
+        """The raw values of `items` in parts, without holding all of them.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        return cls._raw(Path(path) / ITEMS_FILE)
+
+    @classmethod
+    def raw_users(cls, path: str | Path) -> Iterator[pa.Array]:
+        """The raw values of `users` in parts, without holding all of them.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        return cls._raw(Path(path) / USERS_FILE)
+
+    @classmethod
+    def _raw(cls, file: Path) -> Iterator[pa.Array]:
+        try:
+            with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+                for batch in parquet.iter_batches(columns=["raw"]):
+                    yield batch["raw"]
+        except (OSError, KeyError, pa.ArrowException) as error:
+            raise UserError(f"{file}: cannot be read ({str(error)[:300]})", _REMEDY) from error
+
+    @classmethod
     def _read(cls, file: Path) -> Vocabulary:
-        remedy = "run `python -m hstu_dist prepare` again"
         try:
             with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
                 table = parquet.read().combine_chunks()
         except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{file}: cannot be read ({str(error)[:300]})", remedy) from error
+            raise UserError(f"{file}: cannot be read ({str(error)[:300]})", _REMEDY) from error
         if table.schema.names != ["id", "raw", "count"] or table.schema != vocabulary_schema(table["raw"].type):
-            raise UserError(f"{file}: got columns {table.schema.names}, expected another schema", remedy)
+            raise UserError(f"{file}: got columns {table.schema.names}, expected another schema", _REMEDY)
         if not np.array_equal(table["id"].to_numpy(), np.arange(len(table))):
-            raise UserError(f"{file}: id is not the row number", remedy)
+            raise UserError(f"{file}: id is not the row number", _REMEDY)
         return cls(raw=pa.concat_arrays(table["raw"].chunks), counts=table["count"].to_numpy())
 
     def __len__(self) -> int:
