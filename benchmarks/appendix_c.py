@@ -146,7 +146,7 @@ def write_cell(cell: Cell, run: Run, shared: Study) -> None:
 
 def write_summary(shared: Study) -> Results:
     """Writes means over the seeds of all cells whose settings are the present ones, at least one of which exists."""
-    cells = [Cell(contender, seed) for contender in CONTENDERS for seed in _seeds_of(contender, shared.output)]
+    cells = [Cell(one, seed) for one in CONTENDERS for seed in seeds_of(Cell(one, 0).name, shared.output)]
     configs = {cell: compose(shared.overrides(cell)) for cell in cells}
     found = [load_current(cell.name, shared.output, config) for cell, config in configs.items()]
     current = [results for results in found if results is not None]
@@ -158,10 +158,6 @@ def write_summary(shared: Study) -> Results:
         *_published(shared),
     ]
     return Summary(NAME, rows, _ratios(rows)).write(current, shared.output, shared.command)
-
-
-def _seeds_of(contender: str, folder: Path) -> list[int]:
-    return seeds_of(Cell(contender, 0).stem.removesuffix("seed0"), folder / NAME)
 
 
 def _case(data: DataSetConfig) -> str:

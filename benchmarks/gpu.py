@@ -44,10 +44,12 @@ def run(options: argparse.Namespace) -> int:
     python = sys.executable
     tests = [python, "-m", "pytest", "-q", "-m", "gpu"]
     tune = [python, "-m", "benchmarks", "attention", "--tune", "--device", "cuda"]
-    status = _part("tests", tests, _TEST_MINUTES) or _part("tile sizes", tune, _TUNE_MINUTES, may_run_out=True)
-    if status:
-        return status
-    status = _part("data", [python, "-m", "hstu_dist", "prepare", "data=ml1m"], _DATA_MINUTES)
+    data = [python, "-m", "hstu_dist", "prepare", "data=ml1m"]
+    status = (
+        _part("tests", tests, _TEST_MINUTES)
+        or _part("tile sizes", tune, _TUNE_MINUTES, may_run_out=True)
+        or _part("data", data, _DATA_MINUTES)
+    )
     if status:
         return status
     left = _WHOLE_MINUTES - _RESERVE_MINUTES - (time.monotonic() - started) / 60

@@ -96,7 +96,7 @@ def write_summary(
 
 
 def _cells(experiment: str, folder: Path, config_of: Callable[[Cell], RunConfig]) -> Iterator[Results]:
-    for seed in seeds_of(f"{experiment}_", folder / NAME):
+    for seed in seeds_of(Cell(experiment, 0).name, folder):
         cell = Cell(experiment, seed)
         found = load_current(cell.name, folder, config_of(cell))
         if found is not None:

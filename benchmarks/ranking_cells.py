@@ -65,15 +65,11 @@ def write_summary(
         command: what to type to measure it again.
         config_of: present settings of a cell.
     """
-    cells = [Cell(contender, seed) for contender in contenders for seed in _seeds_of(contender, folder)]
+    cells = [Cell(contender, seed) for contender in contenders for seed in seeds_of(Cell(contender, 0).name, folder)]
     found = [load_current(cell.name, folder, config_of(cell)) for cell in cells]
     current = [results for results in found if results is not None]
     rows = list(means(one for results in current for one in results.rows))
     return Summary(NAME, rows, _ratios(rows)).write(current, folder, command)
-
-
-def _seeds_of(contender: str, folder: Path) -> list[int]:
-    return seeds_of(Cell(contender, 0).stem.removesuffix("seed0"), folder / NAME)
 
 
 def _rows(contender: str, run: Run) -> Iterator[Row]:

@@ -75,9 +75,10 @@ def load_current(name: str, folder: Path, config: RunConfig) -> Results | None:
     return measured if same_length and not difference(placed, config) else None
 
 
-def seeds_of(prefix: str, folder: Path) -> list[int]:
-    """Seeds of the cell files `folder`/PREFIXseedN.json, whatever settings they were measured with."""
-    seeds = [path.stem.rpartition("seed")[2] for path in folder.glob(f"{prefix}seed*.json")]
+def seeds_of(cell: str, folder: Path) -> list[int]:
+    """Seeds of the files that differ from a cell's, NAME_seedN, in their seed alone, whatever their settings."""
+    stem = cell.rpartition("seed")[0]
+    seeds = [path.stem.rpartition("seed")[2] for path in folder.glob(f"{stem}seed*.json")]
     return sorted(int(seed) for seed in seeds if seed.isdecimal())
 
 

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from hstu_dist.config import RunConfig, difference, load, save
 from hstu_dist.data.identity import DataIdentity
-from hstu_dist.data.schema import Manifest, find_manifest
+from hstu_dist.data.schema import Manifest, load_manifest
 from hstu_dist.data.stream.config import StreamConfig
 from hstu_dist.errors import UserError
 from hstu_dist.files import write_atomically
@@ -290,7 +290,12 @@ class RunFolder:
 
 def manifest_of(config: RunConfig) -> Manifest | None:
     """The manifest of a run's prepared data; None for a stream, and where the data has gone."""
-    return None if isinstance(config.data, StreamConfig) else find_manifest(Path(config.data.path))
+    if isinstance(config.data, StreamConfig):
+        return None
+    try:
+        return load_manifest(Path(config.data.path))
+    except UserError:
+        return None
 
 
 def _locks(file: IO[str], kind: int) -> bool:

@@ -72,6 +72,11 @@ class ModelSession:
         return self.recommender.tables.specs[ITEM].shape.num_rows
 
     @property
+    def dense_parameters(self) -> int:
+        """Trained numbers of the tower."""
+        return sum(parameter.numel() for parameter in self.recommender.tower.parameters())
+
+    @property
     def retriever(self) -> Recommender:
         """The model of a retrieval run."""
         assert isinstance(self.recommender, Recommender)

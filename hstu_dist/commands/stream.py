@@ -165,7 +165,7 @@ def _result(session: ModelSession, state: TrainState, folder: RunFolder, ended: 
         "test": means["model"],
         "popularity": means["popularity"],
         "world_size": session.world.size,
-        "dense_parameters": sum(parameter.numel() for parameter in session.recommender.tower.parameters()),
+        "dense_parameters": session.dense_parameters,
         "speed": training_averages(state, session.training_flops),
     }
 

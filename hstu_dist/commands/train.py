@@ -139,7 +139,7 @@ def _test(session: Session, checkpoints: CheckpointManager, state: TrainState) -
         "test": session.evaluate(Split.TEST),
         "popularity": session.evaluate_popularity(Split.TEST),
         "world_size": session.world.size,
-        "dense_parameters": sum(parameter.numel() for parameter in session.recommender.tower.parameters()),
+        "dense_parameters": session.dense_parameters,
         "speed": training_averages(state, session.training_flops),
     }
     # empty if no reading was a number

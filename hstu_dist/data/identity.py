@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,9 @@ class DataIdentity:
         """
         values = {ITEMS: values_hash(Vocabulary.raw_items(folder))}
         for name in contextual:
-            raw = (
-                Vocabulary.raw_users(folder)
-                if name == USER
-                else iter(contextual_values(folder, manifest, [name]).values())
-            )
+            # users are as many as there are: not all of them at once
+            is_user = name == USER
+            raw = Vocabulary.raw_users(folder) if is_user else contextual_values(folder, manifest, [name]).values()
             values[feature(name)] = values_hash(raw)
         return cls(files=manifest.files, made_from=_made_from(manifest), values=values)
 
@@ -85,7 +83,7 @@ class DataIdentity:
 
     def are_values_of(self, name: str, values: pa.Array) -> bool:
         """Whether the ids of `items` or a feature still stand for these values."""
-        return self.values[name] == values_hash(iter([values]))
+        return self.values[name] == values_hash([values])
 
 
 def feature(name: str) -> str:
@@ -93,7 +91,7 @@ def feature(name: str) -> str:
     return f"contextual.{name}"
 
 
-def values_hash(parts: Iterator[pa.Array]) -> str:
+def values_hash(parts: Iterable[pa.Array]) -> str:
     """`sha256:` and the hexadecimal digest of values in their order, however they are stored and cut into parts."""
     kind, numbers, texts = "", hashlib.sha256(), hashlib.sha256()
     for part in parts:

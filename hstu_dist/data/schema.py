@@ -136,14 +136,6 @@ def load_manifest(folder: Path, command: str = "python -m hstu_dist prepare") ->
         raise UserError(f"{file}: is damaged ({reason})", f"run `{command}` again") from error
 
 
-def find_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a prepared data set; None where there is none that can be read."""
-    try:
-        return load_manifest(folder)
-    except UserError:
-        return None
-
-
 def file_hash(file: Path) -> str:
     """`sha256:` and the hexadecimal digest of the file's content."""
     with file.open("rb") as handle:

@@ -15,7 +15,7 @@ from hstu_dist.data.vocabulary import Vocabulary
 
 
 def hashed(*parts: pa.Array) -> str:
-    return values_hash(iter(parts))
+    return values_hash(parts)
 
 
 @pytest.mark.parametrize(

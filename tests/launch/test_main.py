@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hstu_dist import run_folder
-from hstu_dist.config import compose, load, save
+from hstu_dist.config import RunConfig, compose, load, save
 from hstu_dist.data.identity import DataIdentity
 from hstu_dist.data.schema import load_manifest
 from hstu_dist.errors import ExitCode
@@ -184,16 +184,20 @@ def test_a_finished_run_is_shown_without_ranks(
     assert ("already finished" in printed and "0.2500" in printed) == finished
 
 
+def finished_folder(config: RunConfig) -> RunFolder:
+    """What a run of two epochs leaves."""
+    folder, metrics = RunFolder(config.run_dir), {"hr@10": 0.25}
+    folder.path.mkdir(parents=True)
+    save(config, folder.config_file)
+    result = {"epochs": 2, "steps": 16, "stopped_early": False, "best_epoch": 1, "test": metrics, "popularity": metrics}
+    folder.finish(result)
+    return folder
+
+
 def test_a_finished_run_with_other_settings_is_not_shown(
     overrides: list[str], agents: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = compose(overrides)
-    folder = RunFolder(config.run_dir)
-    folder.path.mkdir(parents=True)
-    save(config, folder.config_file)
-    metrics = {"hr@10": 0.25}
-    result = {"epochs": 2, "steps": 16, "stopped_early": False, "best_epoch": 1, "test": metrics, "popularity": metrics}
-    folder.finish(result)
+    finished_folder(compose(overrides))
     assert main([*overrides, "seed=9"]) == 2
     printed = capsys.readouterr()
     assert "holds a run with other settings (seed: " in printed.err and "0.2500" not in printed.out
@@ -219,16 +223,11 @@ def test_a_finished_run_on_other_data_is_not_shown(
     overrides: list[str], agents: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = compose(overrides)
-    folder = RunFolder(config.run_dir)
-    folder.path.mkdir(parents=True)
+    folder = finished_folder(config)
     data = Path(config.data.path)
     known = DataIdentity.of(data, load_manifest(data), ())
     other = replace(known, files={}, made_from="sha256:0")
-    save(config, folder.config_file)
     folder.data_file.write_bytes(other.to_json())
-    metrics = {"hr@10": 0.25}
-    result = {"epochs": 2, "steps": 16, "stopped_early": False, "best_epoch": 1, "test": metrics, "popularity": metrics}
-    folder.finish(result)
     for more in ([], ["--multirun"]):
         assert main([*overrides, *more]) == 2
         printed = capsys.readouterr()
