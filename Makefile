@@ -1,4 +1,4 @@
-# Two commands are enough on a machine with Python 3.11+ and pip: `make train` and `make test`.
+# Two commands are enough on a machine with Python 3.11+, its venv and pip: `make train` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
 # one rank a GPU: a machine with a single one trains on one rank, any other on two
@@ -22,8 +22,9 @@ help:  ## list the targets
 
 install: $(STAMP)  ## create the environment in .venv, once
 
+# an environment without pip, or of an older Python, is what an earlier attempt left
 $(STAMP): $(SOURCES_OF_INSTALL)
-	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || $(PYTHON) -m venv --clear $(VENV)
 ifeq ($(EXTRA),cpu)
 	$(RUN) -m pip install --quiet ./packaging/fbgemm-gpu-shim
 endif
@@ -41,7 +42,7 @@ stream-demo: data  ## play MovieLens-1M as a stream of weeks, predict each week 
 	$(RUN) -m benchmarks.play_stream data/ml1m data/ml1m_weeks
 	$(RUN) -m launch experiment=ml1m_stream cluster=local nproc=$(NPROC)
 
-results: data  ## repeat the published MovieLens-1M table at three seeds with NPROC ranks, hours; render all tables
+results: data  ## measure what the published MovieLens-1M table at three seeds still lacks, with NPROC ranks, hours; render all tables
 	$(RUN) -m benchmarks ml1m --nproc $(NPROC)
 	$(RUN) -m hstu_dist report results
 

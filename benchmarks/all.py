@@ -75,7 +75,9 @@ def run(options: argparse.Namespace) -> int:
     if not names:
         raise UserError("all: got nothing to run", "leave out --skip, or name some with --only")
     deadline = time.monotonic() + 60 * options.within if options.within else None
-    cells = Cells(options.scratch / "all_finished", _stamp(options))
+    # apart from what an interrupted run of all of them has finished, and will look for
+    chosen = "_".join(("all", *options.names)) if options.names else "all"
+    cells = Cells(options.scratch / f"{chosen}_finished", _stamp(options))
     outcomes = []
     with _terminated_as_interrupted():
         for name in names:

@@ -32,13 +32,16 @@ _LEAST_EVENTS = 4
 """Two to train on, one input and its target, and one each for validation and test."""
 
 
-def preflight(config: RunConfig, world_size: int, trains: bool = True) -> Manifest | None:
+def preflight(
+    config: RunConfig, world_size: int, *, trains: bool = True, device_type: str | None = None
+) -> Manifest | None:
     """Checks a run on the machine that is going to start it.
 
     Args:
         config: the run.
         world_size: ranks.
         trains: whether it will write checkpoints, which take disk space.
+        device_type: where a rank computes; None: as far as this machine tells.
 
     Returns:
         The manifest of its data; None for a stream.
@@ -55,12 +58,14 @@ def preflight(config: RunConfig, world_size: int, trains: bool = True) -> Manife
         manifest = _prepared(config)
         num_items = manifest.num_items
     check_ranks(config, world_size)
-    check_plan(config, num_items, world_size // config.embedding.replicas)
+    check_plan(config, num_items, world_size // config.embedding.replicas, device_type)
     copies = config.trainer.checkpoint.keep + _CHECKPOINTS_AT_ONCE
     specs = specs_of(config, num_items)
-    _check_average(config, specs)
-    (table_bytes,) = configured_plan(specs, 1).bytes_per_rank(specs)
     folder = RunFolder(config.run_dir)
+    if not folder.config_file.exists():
+        # a run that goes on cannot change it
+        check_average(config)
+    (table_bytes,) = configured_plan(specs, 1).bytes_per_rank(specs)
     folder.check(config, needed_bytes=table_bytes * copies + (1 << 20) if trains else 0)
     folder.check_data(config, manifest)
     return manifest
@@ -142,10 +147,11 @@ def check_ranking(task: RankingConfig, loss: LossConfig, manifest: Manifest) -> 
     check_contextual(manifest, task.contextual)
 
 
-def check_plan(config: RunConfig, num_items: int, world_size: int) -> None:
+def check_plan(config: RunConfig, num_items: int, world_size: int, device_type: str | None = None) -> None:
     """Whether the fullest rank can hold its share of all tables and their optimizer state.
 
-    On GPUs, whose memory is not known before the ranks start, of the tables that live in the host's.
+    On GPUs, whose memory is not known before the ranks start, of the tables that live in the host's. `device_type` as
+    in `preflight`.
 
     Raises:
         UserError: more ranks than rows, a plan that does not fit, or more bytes than a rank has.
@@ -158,7 +164,7 @@ def check_plan(config: RunConfig, num_items: int, world_size: int) -> None:
                 f"embedding table {name}: row_wise cannot split {table.rows} rows over {world_size} ranks",
                 "use sharding=table_wise for it, or fewer ranks",
             )
-    if on_gpus(config):
+    if on_gpus(config) if device_type is None else device_type == "cuda":
         specs = {name: spec for name, spec in specs.items() if spec.config.compute_kernel != "fused"}
         plan = replace(plan, tables={name: table for name, table in plan.tables.items() if name in specs})
     held = plan.bytes_per_rank(specs)
@@ -182,13 +188,14 @@ def on_gpus(config: RunConfig) -> bool:
     return device == "cuda" or (device == "auto" and shutil.which("nvidia-smi") is not None)
 
 
-def _check_average(config: RunConfig, specs: Mapping[str, TableSpec]) -> None:
+def check_average(config: RunConfig) -> None:
     """Whether the average of all rows is where the rows are.
 
     Raises:
         UserError: they are in the host's memory, and it would take the GPU's.
     """
-    for name, spec in specs.items():
+    any_shape = TableShape(1, 1)
+    for name, spec in config.embedding.specs(dict.fromkeys([ITEM, *config.embedding.tables], any_shape)).items():
         kernel = spec.config.compute_kernel
         if kernel != "fused" and config.optimizer.average_decay is not None:
             raise UserError(

@@ -95,6 +95,10 @@ def test_tables_in_a_gpus_memory_are_not_held_to_the_hosts(
         check_plan(auto, NUM_ITEMS, 2)
     monkeypatch.setattr(preflight_module.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     check_plan(auto, NUM_ITEMS, 2)
+    # a rank knows better
+    check_plan(auto, NUM_ITEMS, 2, "cuda")
+    with pytest.raises(UserError, match="embedding tables: "):
+        check_plan(auto, NUM_ITEMS, 2, "cpu")
     with pytest.raises(UserError, match=r"embedding tables: 0\.00 GiB on rank 0 of 2"):
         check_plan(run(tmp_path, tiny_data, *small, "embedding.compute_kernel=fused_uvm"), NUM_ITEMS, 2)
 
@@ -102,8 +106,12 @@ def test_tables_in_a_gpus_memory_are_not_held_to_the_hosts(
 def test_an_average_does_not_go_where_its_rows_did_not(tmp_path: Path, tiny_data: Path) -> None:
     words = ["optimizer.average_decay=0.9", "trainer.device=cuda"]
     preflight(run(tmp_path, tiny_data, *words), 1)
+    config = run(tmp_path, tiny_data, *words, "embedding.compute_kernel=fused_uvm")
     with pytest.raises(UserError, match=r"got compute_kernel=fused_uvm, expected fused with optimizer\.average_decay"):
-        preflight(run(tmp_path, tiny_data, *words, "embedding.compute_kernel=fused_uvm"), 1)
+        preflight(config, 1)
+    # one that an earlier version began cannot change it any more
+    RunFolder(config.run_dir).describe(config)
+    preflight(config, 1)
 
 
 def write_data(folder: Path, *, last_item: int = 4) -> Path:

@@ -30,7 +30,7 @@ def evaluate_run(config: RunConfig, split: Split, say: Callable[[str], None]) ->
     if split is Split.VALIDATION and not config.trainer.validates:
         raise UserError(f"run {config.run_dir}: was trained on the validation events", "evaluate it with --split test")
     with process_group(config.trainer.device, config.trainer.timeout_seconds) as world:
-        preflight(config, world.size, trains=False)
+        preflight(config, world.size, trains=False, device_type=world.device.type)
         claim_machine(config.trainer.threads, world)
         claim_precision(config.trainer.precision, world.device)
         checkpoints = CheckpointManager(RunFolder(config.run_dir).checkpoints, config.trainer.checkpoint.keep)

@@ -22,7 +22,7 @@ from hstu_dist.plan.config import HardwareConfig
 from hstu_dist.plan.job import Job
 from hstu_dist.plan.report import Lines, Plan
 from hstu_dist.plugins import PluginConfig
-from hstu_dist.preflight import check_ranks
+from hstu_dist.preflight import check_average, check_ranks
 from hstu_dist.validation import as_user_error
 
 _MOST_CHANGES_SHOWN = 3
@@ -42,6 +42,7 @@ def plan_run(overrides: Sequence[str], folder: Path | None, say: Callable[[str],
     """
     cluster, hardware, config = settings_of(overrides)
     check_ranks(config, hardware.ranks)
+    check_average(config)
     plan = Plan.of(config.name, job_of(config), hardware, config.plan)
     say(tables(plan, cluster))
     stem = (folder or Path(config.output) / "plans") / f"{config.name}-{cluster}"

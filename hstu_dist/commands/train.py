@@ -53,7 +53,7 @@ def train(config: RunConfig, say: Callable[[str], None]) -> ExitCode:
     """
     folder = RunFolder(config.run_dir)
     with process_group(config.trainer.device, config.trainer.timeout_seconds) as world:
-        preflight(config, world.size)
+        preflight(config, world.size, device_type=world.device.type)
         check_machines_agree(world, folder.path)
         result = folder.finished(config.trainer.last_epoch)
         if result is not None:
@@ -91,7 +91,10 @@ def _run(config: RunConfig, world: World, folder: RunFolder, say: Callable[[str]
     run = Run.restored(session, folder)
     if world.is_main:
         _announce(session, run.state, say)
-        folder.describe(config, session.data_identity(folder.data()))
+        known = folder.data()
+        # a run that left no record goes on without one: nobody knows what its first steps saw
+        recorded = known is not None or run.state.step == 0
+        folder.describe(config, session.data_identity(known) if recorded else None)
         session.recommender.tables.plan.save(folder.path / PLAN_FILE)
     trainer = run.fit(session.loader(session.training_split), partial(_evaluation_hooks, session))
     if trainer.interrupted:

@@ -99,7 +99,7 @@ def summary(checkout: Checkout) -> str:
     measured = checkout.measured()
     if not measured:
         return "No result file is committed yet; `python -m benchmarks --help` lists what can be measured.\n"
-    rows = [_rows_of(name, results) for name, results in measured.items() if _topic(name).metrics]
+    rows = [_rows_of(checkout, name, results) for name, results in measured.items() if _topic(name).metrics]
     lines = digest_table(
         [(_topic(name).title, _headlines(name, results), results) for name, results in measured.items()]
     )
@@ -127,11 +127,11 @@ def learning_curves(cells: list[Results]) -> Curves:
     return curves
 
 
-def _rows_of(name: str, results: Results) -> str:
+def _rows_of(checkout: Checkout, name: str, results: Results) -> str:
     topic = _topic(name)
     chosen = tuple(row for row in results.rows if row.contender in (topic.contenders or {row.contender}))
     table = rows_table(replace(results, rows=chosen), topic.metrics)
-    return f"**{topic.title}.** {topic.note}\n\n{table}\n{_origin(results)}\n"
+    return f"**{topic.title}.** {topic.note}\n\n{table}\n{_origin(checkout, name, results)}\n"
 
 
 def _headlines(name: str, results: Results) -> dict[str, float]:
@@ -141,7 +141,7 @@ def _headlines(name: str, results: Results) -> dict[str, float]:
 
 def _section(checkout: Checkout, name: str, results: Results) -> str:
     topic = _topic(name)
-    parts = [f"## {topic.title}", topic.note, _origin(results)]
+    parts = [f"## {topic.title}", topic.note, _origin(checkout, name, results)]
     if results.ratios:
         parts.append(ratios_table(results).rstrip())
     parts += [*_row_tables(results), *_plots(checkout, name)]
@@ -172,8 +172,26 @@ def _topic(name: str) -> Topic:
     return TOPICS.get(name, Topic(title=name.replace("_", " "), note=""))
 
 
-def _origin(results: Results) -> str:
-    device = f"{results.device}, {results.threads} thread{'s' if results.threads > 1 else ''}"
+def _origin(checkout: Checkout, name: str, results: Results) -> str:
+    # a summary has the command of whoever made it last; the measurements are older, and each has its own
+    cells = checkout.cells(name)
+    what = (
+        f"in {len(cells)} parts, each with its command in `benchmarks/results/{name}`,"
+        if cells
+        else f"by `{results.command}`"
+    )
+    measured = sorted(cells or [results], key=lambda one: one.date)
+    devices = " and ".join(dict.fromkeys(map(_device, measured)))
+    days = dict.fromkeys(one.date[:10] for one in (measured[0], measured[-1]))
+    commits = list(dict.fromkeys(map(_commit, measured)))
+    word = "commit" if len(commits) == 1 else "commits"
+    return f"Measured {what} on {devices}, {' to '.join(days)}, {word} {', '.join(commits)}."
+
+
+def _device(results: Results) -> str:
+    return f"{results.device}, {results.threads} thread{'s' if results.threads > 1 else ''}"
+
+
+def _commit(results: Results) -> str:
     commit, changed, _ = results.commit.partition("+")
-    state = f"{commit[:12]} with uncommitted changes" if changed else commit[:12]
-    return f"Measured by `{results.command}` on {device}, {results.date[:10]}, commit {state}."
+    return f"{commit[:12]} with uncommitted changes" if changed else commit[:12]

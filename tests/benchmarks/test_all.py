@@ -67,6 +67,20 @@ def test_other_flags_are_another_measurement(tmp_path: Path, monkeypatch: pytest
     assert runs.ran == ["data", "plan"] * 2
 
 
+def test_some_of_them_leave_alone_what_an_interrupted_run_of_all_has_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = FakeRuns(tmp_path, {"plan": 1})
+    monkeypatch.setattr(all_benchmarks, "run_group", runs)
+    monkeypatch.setattr(all_benchmarks, "BENCHMARKS", {"data": "", "plan": ""})
+    everything = ["all", "--device", "cpu", "--output", str(tmp_path)]
+    assert main(everything) == 1
+    assert main([*everything, "--only", "data"]) == 0
+    runs.statuses = {}
+    assert main(everything) == 0
+    assert runs.ran == ["data", "plan", "data", "plan"]
+
+
 def test_what_has_no_time_left_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -63,6 +63,13 @@ def test_what_so_many_ranks_cannot_do_is_refused(override: str, message: str, tm
     assert not list(tmp_path.iterdir())
 
 
+def test_an_average_is_refused_where_a_launch_would_refuse_it(tmp_path: Path) -> None:
+    words = ["embedding.dtype=fp32", "embedding.compute_kernel=fused_uvm", "optimizer.average_decay=0.999"]
+    with pytest.raises(UserError, match="got compute_kernel=fused_uvm, expected fused with optimizer"):
+        plan_run([*LARGEST, "trainer.global_batch_size=256", *words], tmp_path, print)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_a_plan_that_does_not_fit_is_shown_and_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["plan", *LARGEST, "trainer.global_batch_size=1024", "--folder", str(tmp_path)])

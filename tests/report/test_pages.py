@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,9 +61,12 @@ def test_the_short_page_shows_chosen_rows_and_what_was_missed(checkout: Checkout
     assert f"| MovieLens-1M |  | 0 of 1 | {missed} | test chip, 2000-01-02 |" in shown
     # nothing to hold it to
     assert "| unknown thing |  |  |  | test chip, 2000-01-02 |" in shown and "new / old" not in shown
-    assert "Measured by `measure ml1m` on test chip, 2 threads, 2000-01-02, commit cccccccccccc." in shown
     # cells are what a summary is made of
-    assert "hstu_seed" not in shown
+    assert (
+        "Measured in 2 parts, each with its command in `benchmarks/results/ml1m`, on test chip, 2 threads, 2000-01-02, "
+        "commit cccccccccccc."
+    ) in shown
+    assert "hstu_seed" not in shown and "`measure ml1m`" not in shown
 
 
 def test_what_the_digest_quotes_was_measured() -> None:
@@ -80,6 +84,17 @@ def test_the_long_page_shows_everything(checkout: Checkout) -> None:
     assert page.index("## MovieLens-1M") < page.index("## unknown thing")
     assert "| hstu | refit | 0.3 | 0.125 |" in page and "new / old" in page and "| all | new | 7 |" in page
     assert "![ml1m learning curves](figures/ml1m_learning_curves.svg)" in page
+    measured_whole = "Measured by `measure unknown_thing` on test chip, 2 threads, 2000-01-02, commit cccccccccccc."
+    assert measured_whole in page
+
+
+def test_a_summary_names_every_day_device_and_commit_of_its_parts(checkout: Checkout) -> None:
+    later = replace(measured("ml1m/sasrec_seed1"), date="2000-01-04T05:06:07", commit="d" * 40 + "+changes", threads=1)
+    results.write(later, checkout.results)
+    assert (
+        "Measured in 3 parts, each with its command in `benchmarks/results/ml1m`, on test chip, 2 threads and "
+        "test chip, 1 thread, 2000-01-02 to 2000-01-04, commits cccccccccccc, dddddddddddd with uncommitted changes."
+    ) in summary(checkout)
 
 
 @pytest.mark.slow

@@ -87,6 +87,9 @@ def test_a_run_ends_with_a_result_that_evaluation_confirms(tiny_data: Path, tmp_
 @pytest.mark.distributed
 def test_a_run_goes_on_with_more_epochs(tiny_data: Path, tmp_path: Path) -> None:
     (first,) = run_ranks(1, train_tiny, tiny_data, tmp_path, "trainer.epochs=1")
+    record = tmp_path / "tiny" / "data.json"
+    # as a version before the record would have left it
+    record.unlink()
     plan = tmp_path / "tiny" / "embedding_plan.json"
     assert any("embedding tables on 1 ranks" in line and "row_wise" in line for line in first)
     # by the plan that it has made, as another run would be
@@ -96,6 +99,7 @@ def test_a_run_goes_on_with_more_epochs(tiny_data: Path, tmp_path: Path) -> None
     assert described["optimizer"]["kind"] == "rowwise_adagrad" and described["optimizer"]["learning_rate"] == 0.05
     assert any("continuing at epoch 1, step 8" in line for line in second) and first != second
     assert json.loads((tmp_path / "tiny" / "result.json").read_text())["steps"] == 16
+    assert not record.exists()
 
 
 @pytest.mark.distributed
