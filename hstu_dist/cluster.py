@@ -12,8 +12,24 @@ from hstu_dist.validation import STRICT
 
 DEFAULT_PORT = 29400
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
+_SIGNAL_LEEWAY = 60
+"""Seconds by which Slurm may send a signal too early."""
 _TIME_LIMIT = re.compile(r"(\d+-)?\d+(:\d{2}){0,2}")
+_SSH = (
+    *("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10"),
+    # without these it waits for hours for a machine that has lost its power
+    *("-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4"),
+)
 _KUBERNETES_NAME = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
+
+
+def _seconds(limit: str) -> int:
+    """Of a time limit as Slurm writes it."""
+    days, dash, clock = limit.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    # the first part is hours after days and of three, minutes otherwise
+    hours, minutes, seconds = (*parts, 0, 0)[:3] if dash or len(parts) == 3 else (0, *parts, 0)[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -77,7 +93,7 @@ class HostsConfig(_NetworkConfig):
     kind: Literal["hosts"] = "hosts"
     addresses: tuple[str, ...] = ()
     start: Literal["print", "ssh"] = "print"
-    ssh: tuple[str, ...] = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
+    ssh: tuple[str, ...] = _SSH
 
     def __post_init__(self) -> None:
         for address in self.addresses:
@@ -142,8 +158,18 @@ class SlurmConfig(_NetworkConfig):
         return value
 
     def __post_init__(self) -> None:
-        if self.time_limit is not None and not _TIME_LIMIT.fullmatch(self.time_limit):
-            raise ValueError(f"time_limit: got {self.time_limit!r}, expected minutes or [days-]hours:minutes:seconds")
+        if self.time_limit is not None:
+            if not _TIME_LIMIT.fullmatch(self.time_limit):
+                raise ValueError(
+                    f"time_limit: got {self.time_limit!r}, expected minutes or [days-]hours:minutes:seconds"
+                )
+            seconds = _seconds(self.time_limit)
+            # zero is no limit
+            if 0 < seconds <= self.stop_seconds + _SIGNAL_LEEWAY:
+                raise ValueError(
+                    f"time_limit: got {self.time_limit!r}, {seconds} s, expected more than stop_seconds "
+                    f"({self.stop_seconds}) and a minute: each job would stop before its first step and queue again"
+                )
         for name in ("sbatch", "srun"):
             for option in getattr(self, name):
                 if not option.startswith("-") or "\n" in option:

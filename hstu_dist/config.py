@@ -371,7 +371,19 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 def as_yaml(config: RunConfig) -> str:
     """The resolved YAML that `load` reads."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(to_dict(config))))
+
+
+def _escaped(value: Any) -> Any:
+    """A resolved value in which `${...}`, such as a shell's, is text for OmegaConf, too."""
+    match value:
+        case dict():
+            return {key: _escaped(inner) for key, inner in value.items()}
+        case list():
+            return [_escaped(inner) for inner in value]
+        case str():
+            return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return value
 
 
 def save(config: RunConfig, path: Path) -> None:

@@ -27,6 +27,7 @@ class Kind:
         preview: what `start` would run.
         start: starts the run or hands it to a scheduler; returns the exit code.
         status, logs, cancel: text for the user about a run that was launched.
+        is_submitted: whether a scheduler has the run, waiting or running.
     """
 
     preview: Callable[[RunConfig, Program], str]
@@ -34,14 +35,22 @@ class Kind:
     status: Callable[[RunConfig], str]
     logs: Callable[[RunConfig], str]
     cancel: Callable[[RunConfig], str]
+    is_submitted: Callable[[RunConfig], bool] = lambda config: False
 
 
 KINDS: Mapping[str, Kind] = {
     # ranks of one machine leave the same traces as those of several without a scheduler
     "local": Kind(local.preview, local.start, hosts.status, hosts.logs, hosts.cancel),
     "hosts": Kind(hosts.preview, hosts.start, hosts.status, hosts.logs, hosts.cancel),
-    "slurm": Kind(slurm.preview, slurm.start, slurm.status, slurm.logs, slurm.cancel),
-    "kubernetes": Kind(kubernetes.preview, kubernetes.start, kubernetes.status, kubernetes.logs, kubernetes.cancel),
+    "slurm": Kind(slurm.preview, slurm.start, slurm.status, slurm.logs, slurm.cancel, slurm.is_submitted),
+    "kubernetes": Kind(
+        kubernetes.preview,
+        kubernetes.start,
+        kubernetes.status,
+        kubernetes.logs,
+        kubernetes.cancel,
+        kubernetes.is_submitted,
+    ),
 }
 _QUESTIONS: Mapping[str, Callable[[Kind], Callable[[RunConfig], str]]] = {
     "status": lambda kind: kind.status,
@@ -71,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise UserError("doctor: takes no --multirun", "give the settings of one run")
             return _doctor(_in_full(overrides[1:]), dry_run)
         if options.multirun:
-            return multirun.run(_in_full(overrides), options.jobs, _preview if dry_run else None)
+            return multirun.run(_in_full(overrides), options.jobs, _preview if dry_run else None, _is_submitted)
         return _launch(_in_full(overrides), dry_run)
     except UserError as error:
         report(error)
@@ -103,6 +112,10 @@ def _doctor(overrides: Sequence[str], dry_run: bool) -> int:
 
 def _preview(config: RunConfig) -> str:
     return KINDS[config.cluster.kind].preview(config, "train")
+
+
+def _is_submitted(config: RunConfig) -> bool:
+    return KINDS[config.cluster.kind].is_submitted(config)
 
 
 def _ask(words: Sequence[str]) -> int:

@@ -181,7 +181,7 @@ def start(config: RunConfig, program: Program = "train") -> int:
     folder = RunFolder(config.run_dir)
     name = object_name(config.name)
     text = preview(config, program)
-    if _active(cluster, name):
+    if is_submitted(config):
         raise UserError(
             f"run {folder.path}: job {name} is still active", f"wait for it, or `python -m launch cancel {folder.path}`"
         )
@@ -200,6 +200,11 @@ def start(config: RunConfig, program: Program = "train") -> int:
     return ExitCode.FINISHED
 
 
+def is_submitted(config: RunConfig) -> bool:
+    """Whether the run's job has pods that wait or run."""
+    return _active(_cluster(config), object_name(config.name))
+
+
 def status(config: RunConfig) -> str:
     """What Kubernetes says of the run's job and its pods."""
     name = object_name(config.name)
@@ -210,10 +215,14 @@ def status(config: RunConfig) -> str:
 
 def cancel(config: RunConfig) -> str:
     """Deletes everything that the launch created; the pods are given the time to save."""
-    name = object_name(config.name)
+    cluster, name = _cluster(config), object_name(config.name)
+    active = _active(cluster, name)
     selector = f"app.kubernetes.io/instance={name}"
-    _kubectl(_cluster(config), "delete", "job,service,configmap", "-l", selector, "--wait=false")
-    return f"job {name}: deleted; its pods save a checkpoint and stop"
+    deleted = _kubectl(cluster, "delete", "job,service,configmap", "-l", selector, "--wait=false", "-o", "name")
+    # otherwise a sentence
+    if "/" not in deleted:
+        raise UserError(f"job {name}: not there", "nothing to cancel")
+    return f"job {name}: deleted; {'its pods save a checkpoint and stop' if active else 'it had ended'}"
 
 
 def logs(config: RunConfig) -> str:

@@ -46,6 +46,7 @@ class Cell:
         base: name of the run without its settings.
         config: the run.
         process: its launch, once started.
+        submitted: whether a scheduler had it already.
     """
 
     overrides: list[str]
@@ -53,6 +54,7 @@ class Cell:
     base: str
     config: RunConfig
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+    submitted: bool = field(default=False, init=False)
 
     @property
     def folder(self) -> RunFolder:
@@ -69,12 +71,15 @@ class Cell:
         """A word for the table."""
         if self.result is not None:
             return "finished"
+        if self.submitted:
+            return "submitted"
         code = None if self.process is None else self.process.poll()
         if self.process is None or code is None:
             return "waiting" if self.process is None else "running"
         if code == ExitCode.FINISHED and read_job(self.folder) is not None:
             return "submitted"
-        stopped = code == ExitCode.STOPPED or code > 128
+        # below zero: before it could hear the signal
+        stopped = code == ExitCode.STOPPED or code > 128 or code < 0
         return "stopped" if stopped else f"failed ({code})"
 
     @property
@@ -89,13 +94,19 @@ class Cell:
         return self.config.run_dir.with_name(f"{self.config.name}.log")
 
 
-def run(overrides: Sequence[str], jobs: int | None, preview: Callable[[RunConfig], str] | None) -> int:
+def run(
+    overrides: Sequence[str],
+    jobs: int | None,
+    preview: Callable[[RunConfig], str] | None,
+    is_submitted: Callable[[RunConfig], bool],
+) -> int:
     """Launches every cell that a sweeper asks for and that has not finished, shows a table, writes one Parquet file.
 
     Args:
         overrides: with several values for some keys, in Hydra's syntax, and those of Hydra's sweepers.
         jobs: launches at the same time; None: `hydra.launcher.jobs`.
         preview: instead of launching, print what this says of every cell.
+        is_submitted: whether a scheduler has a run already.
 
     Returns:
         0: all cells finished or were handed to a scheduler; 1: some did not; 128 + signal: stopped by it.
@@ -103,7 +114,7 @@ def run(overrides: Sequence[str], jobs: int | None, preview: Callable[[RunConfig
     Raises:
         UserError: a cell's settings are refused, or two would share a folder; no cell of its batch has started.
     """
-    sweep = Sweep(fixed_settings(overrides), preview)
+    sweep = Sweep(fixed_settings(overrides), preview, is_submitted)
     with contextlib.suppress(_StoppedError):
         hand_to_sweeper(overrides, jobs, sweep)
     if preview is not None:
@@ -161,14 +172,20 @@ class Sweep:
 
     Attributes:
         cells: in the order in which they were asked for.
-        preview: as `run` takes it.
+        preview, is_submitted: as `run` takes them.
         signal: that has stopped them; None: none has.
     """
 
-    def __init__(self, fixed: Collection[str], preview: Callable[[RunConfig], str] | None) -> None:
+    def __init__(
+        self,
+        fixed: Collection[str],
+        preview: Callable[[RunConfig], str] | None,
+        is_submitted: Callable[[RunConfig], bool] = lambda config: False,
+    ) -> None:
         """Keys that are `fixed` are the same in all cells."""
         self.cells: list[Cell] = []
         self.preview = preview
+        self.is_submitted = is_submitted
         self.signal: int | None = None
         self._fixed = fixed
 
@@ -189,6 +206,9 @@ class Sweep:
             for cell in cells:
                 say(f"# {cell.config.name}\n{self.preview(cell.config)}")
             return [math.nan] * len(cells)
+        for cell in cells:
+            _check_starts(cell.config)
+            cell.submitted = cell.result is None and self.is_submitted(cell.config)
         for folder in {Path(cell.config.output) for cell in cells}:
             here = [cell for cell in cells if Path(cell.config.output) == folder]
             remember_cells(folder, {cell.config.name: cell.overrides for cell in here})
@@ -242,6 +262,19 @@ def _check_unchanged(cell: Cell) -> None:
         cell.folder.check_data(cell.config, manifest_of(cell.config))
 
 
+def _check_starts(config: RunConfig) -> None:
+    """Whether a launch starts a run, or leaves that to a scheduler.
+
+    Raises:
+        UserError: it would print lines to start by hand.
+    """
+    if config.cluster.kind == "hosts" and config.cluster.start == "print":
+        raise UserError(
+            "cluster.start: got print with --multirun, whose cells somebody would have to start by hand",
+            "set cluster.start=ssh, or give dry_run=true to see the lines",
+        )
+
+
 def predicted_cost(cells: Sequence[Cell]) -> str:
     """Training FLOPs of the cells that have not finished, from their settings, before any of them starts."""
     waiting = [cell for cell in cells if cell.result is None]
@@ -273,7 +306,7 @@ def _work_off(cells: Sequence[Cell], jobs: int) -> int | None:
     with stop_signals() as received:
         # a sweeper may ask for one twice
         for cell in {cell.config.name: cell for cell in cells}.values():
-            if cell.result is not None:
+            if cell.result is not None or cell.submitted:
                 continue
             while not received and sum(c.state == "running" for c in cells) >= jobs:
                 time.sleep(_POLL_SECONDS)

@@ -16,17 +16,24 @@ from typing import get_args
 import psutil
 
 from hstu_dist.config import RunConfig, load
-from hstu_dist.console import report
+from hstu_dist.console import report, say
 from hstu_dist.errors import ExitCode, UserError
 from hstu_dist.run_folder import RunFolder
 from launch.local import ended_by_request, run
+from launch.run_files import finished_text
 from launch.spec import LaunchSpec, Meeting, Program
 from launch.torchrun import agent_command, agent_environment
 
 _RETRY_SECONDS = 1.0
 _CONNECT_SECONDS = 5.0
+_NAME_SECONDS = 60
+"""How long the name of a pod may stay unknown, to itself too, after it has started."""
 _ONE_MACHINE = ("localhost", "127.0.0.1")
 """Meeting points with which somebody plays several machines on one."""
+
+
+class UnreachableError(UserError):
+    """The way to the first machine is not there: unlike other bad input, it may get better by trying again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +73,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the agent of this machine, again if it is killed; returns its exit code."""
     try:
         parsed = _parse(arguments)
+        config = settings(parsed)
+        over = finished_text(config) if parsed.program == "train" and config.cluster.nodes > 1 else None
+        if over is not None:
+            # the others may have gone home
+            say(over)
+            return ExitCode.FINISHED
         spec = prepare(parsed, os.environ)
-        config = load(parsed.config_file)
+    except UnreachableError as error:
+        report(error)
+        return ExitCode.FAILED
     except UserError as error:
         report(error)
         return ExitCode.BAD_INPUT
@@ -87,6 +102,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+def settings(arguments: NodeArguments) -> RunConfig:
+    """The run's settings, as this machine sees them.
+
+    Raises:
+        UserError: they cannot be seen here, or cannot be read.
+    """
+    if not arguments.config_file.exists():
+        raise UserError(
+            f"{socket.gethostname()}: {arguments.config_file} is not there",
+            "set output=FOLDER to a folder that all machines see under the same path",
+        )
+    return load(arguments.config_file)
+
+
 def prepare(arguments: NodeArguments, variables: Mapping[str, str]) -> LaunchSpec:
     """The launch as this machine sees it.
 
@@ -97,12 +126,7 @@ def prepare(arguments: NodeArguments, variables: Mapping[str, str]) -> LaunchSpe
     Raises:
         UserError: the settings cannot be seen here, the port is taken, or the first machine cannot be reached.
     """
-    if not arguments.config_file.exists():
-        raise UserError(
-            f"{socket.gethostname()}: {arguments.config_file} is not there",
-            "set output=FOLDER to a folder that all machines see under the same path",
-        )
-    config = load(arguments.config_file)
+    config = settings(arguments)
     node = _number(arguments.node, variables, config.cluster.nodes)
     meeting = _meeting(config, arguments, node) if config.cluster.nodes > 1 else None
     return LaunchSpec.of(config, arguments.config_file, meeting, arguments.logs / f"node{node}", arguments.program)
@@ -125,7 +149,8 @@ def _meeting(config: RunConfig, arguments: NodeArguments, node: int) -> Meeting:
         check_port_is_free(int(port))
     else:
         wait_for_host(host, int(port), cluster.join_seconds)
-    address, interface = own_address(host, int(port), cluster.interface)
+    patience = min(_NAME_SECONDS, cluster.join_seconds) if cluster.kind == "kubernetes" else 0
+    address, interface = own_address(host, int(port), cluster.interface, patience)
     return Meeting(
         endpoint=arguments.endpoint,
         run_id=arguments.run_id,
@@ -158,7 +183,7 @@ def wait_for_host(host: str, port: int, seconds: float) -> None:
     """Returns once a machine answers; refusing a port is an answer, its agent may still be starting.
 
     Raises:
-        UserError: no answer in the given time.
+        UnreachableError: no answer in the given time.
     """
     deadline = time.monotonic() + seconds
     while True:
@@ -169,23 +194,25 @@ def wait_for_host(host: str, port: int, seconds: float) -> None:
             return
         except OSError as error:
             if time.monotonic() + _RETRY_SECONDS > deadline:
-                raise UserError(
+                raise UnreachableError(
                     f"{socket.gethostname()}: {host} cannot be reached for {seconds:g} s ({error.strerror or error})",
                     "check its name, the network and firewalls, or set cluster.interface",
                 ) from error
         time.sleep(_RETRY_SECONDS)
 
 
-def own_address(host: str, port: int, interface: str | None) -> tuple[str, str]:
+def own_address(host: str, port: int, interface: str | None, seconds: float = 0) -> tuple[str, str]:
     """Address and network interface by which other machines reach this one.
 
     Args:
         host: the first machine, possibly this one.
         port: any; nothing is sent.
         interface: the one to use; None: the one that leads to `host`.
+        seconds: how long to wait for a way to `host`.
 
     Raises:
-        UserError: there is no such interface, or it has no IPv4 address.
+        UserError: there is no such interface, it has no IPv4 address, or nobody else can reach it.
+        UnreachableError: no way to `host` in the given time.
     """
     addresses = {name: [a.address for a in known] for name, known in psutil.net_if_addrs().items()}
     if interface is not None:
@@ -196,16 +223,7 @@ def own_address(host: str, port: int, interface: str | None) -> tuple[str, str]:
                 f"choose among {', '.join(sorted(addresses))}",
             )
         return ipv4[0], interface
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0][0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, port))
-            address = str(probe.getsockname()[0])
-    except OSError as error:
-        raise UserError(
-            f"{socket.gethostname()}: no way to {host} ({error.strerror or error})",
-            "check its name and the network, or set cluster.interface",
-        ) from error
+    address = _address_towards(host, port, seconds)
     names = [name for name, known in addresses.items() if address in known]
     # Debian's hosts file gives a machine's own name to 127.0.1.1, where nobody else finds it
     if not names or (address.startswith("127.") and host not in _ONE_MACHINE):
@@ -214,6 +232,23 @@ def own_address(host: str, port: int, interface: str | None) -> tuple[str, str]:
             f"set cluster.interface to one of {', '.join(sorted(addresses))}",
         )
     return address, names[0]
+
+
+def _address_towards(host: str, port: int, seconds: float) -> str:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            family = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0][0]
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                probe.connect((host, port))
+                return str(probe.getsockname()[0])
+        except OSError as error:
+            if time.monotonic() + _RETRY_SECONDS > deadline:
+                raise UnreachableError(
+                    f"{socket.gethostname()}: no way to {host} ({error.strerror or error})",
+                    "check its name and the network, or set cluster.interface",
+                ) from error
+        time.sleep(_RETRY_SECONDS)
 
 
 def _parse(arguments: Sequence[str] | None) -> NodeArguments:

@@ -18,16 +18,18 @@ from launch.node import NodeArguments
 from launch.run_files import call, checked_folder, find_program, progress, read_job, write_job
 from launch.spec import Program
 
+_ENDPOINT, _RUN_ID = "ADDRESS:PORT", "RUN_ID"
+"""Words in whose place the shell puts what it knows."""
+
 _BODY = r"""
 cd {here} || exit 1
 run={run}
 rm -f "$run/stop"
-{setup}
 # near the time limit the ranks find this file, save and end well; then the job goes back into the queue
 stopping= interrupted=
 ask_to_stop() {{ stopping=yes interrupted=yes; touch "$run/stop"; }}
 trap ask_to_stop USR1
-
+{setup}
 # this script runs on the first node; its address is the one that Slurm itself uses
 address=$(scontrol show node "$SLURMD_NODENAME" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)
 port={port}
@@ -103,8 +105,8 @@ def _srun(cluster: SlurmConfig, folder: RunFolder, program: Program) -> str:
     """Options of the step and the command of a node; the shell fills in address, port and job number."""
     arguments = NodeArguments(
         config_file=folder.launch_file,
-        endpoint="ADDRESS:PORT",
-        run_id="RUN_ID",
+        endpoint=_ENDPOINT,
+        run_id=_RUN_ID,
         node="SLURM_NODEID",
         logs=folder.logs,
         program=program,
@@ -115,12 +117,8 @@ def _srun(cluster: SlurmConfig, folder: RunFolder, program: Program) -> str:
     # srun does not inherit the cores of the job's tasks
     cpus = [] if cluster.cpus_per_rank is None else ['--cpus-per-task="$SLURM_CPUS_PER_TASK"']
     words = [*cluster.srun, *arguments.words(cluster.python or [sys.executable])]
-    filled = (
-        shlex.join(words)
-        .replace("ADDRESS:PORT", '"$address:$port"')
-        .replace("RUN_ID", '"$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"')
-    )
-    return " ".join([*ending, *cpus, filled, ""])
+    filled = {_ENDPOINT: '"$address:$port"', _RUN_ID: '"$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"'}
+    return " ".join([*ending, *cpus, *(filled.get(word, shlex.quote(word)) for word in words), ""])
 
 
 def preview(config: RunConfig, program: Program = "train") -> str:
@@ -132,7 +130,7 @@ def start(config: RunConfig, program: Program = "train") -> int:
     """Submits the job, unless one of this run is still in the queue; returns the exit code."""
     folder = RunFolder(config.run_dir)
     job = read_job(folder)
-    if job is not None and _state(job) is not None:
+    if job is not None and is_submitted(config):
         raise UserError(
             f"run {folder.path}: job {job} is still in the queue ({_state(job)})",
             f"wait for it, or `python -m launch cancel {folder.path}`",
@@ -148,6 +146,12 @@ def start(config: RunConfig, program: Program = "train") -> int:
     write_job(folder, job)
     say(f"submitted job {job}; `python -m launch status|logs|cancel {folder.path}`")
     return ExitCode.FINISHED
+
+
+def is_submitted(config: RunConfig) -> bool:
+    """Whether the run's last job is in the queue or runs."""
+    job = read_job(RunFolder(config.run_dir))
+    return job is not None and _state(job) is not None
 
 
 def status(config: RunConfig) -> str:

@@ -29,6 +29,8 @@ from hstu_dist.preflight import check_plan
         ("slurm", "cluster.min_nodes=2", "cluster.min_nodes: got 2, expected at most the 1 machines"),
         ("hosts", "cluster.min_nodes=0", "cluster.min_nodes: "),
         ("slurm", "cluster.time_limit=soon", "cluster: time_limit: got 'soon', expected minutes or"),
+        ("slurm", "cluster.time_limit=0:04:00", "cluster: time_limit: got '0:04:00', 240 s, expected more than"),
+        ("slurm", "cluster.time_limit=3:59", "cluster: time_limit: got '3:59', 239 s, expected more than"),
         ("slurm", "cluster.time_limit=90", "cluster.time_limit: got the number 90, expected text: "),
         ("slurm", "cluster.sbatch=[exclusive]", "cluster: sbatch: got 'exclusive', expected options such as"),
         ("slurm", "cluster.srun=[mpi]", "cluster: srun: got 'mpi', expected options such as"),
@@ -46,7 +48,7 @@ def test_bad_settings(cluster: str, override: str, expected: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limit", ['"90"', "2:00:00", "1-12", "1-12:30:00"])
+@pytest.mark.parametrize("limit", ['"90"', '"0"', "4:01", "2:00:00", "1-12", "1-12:30:00"])
 def test_time_limits_as_slurm_writes_them(limit: str, tmp_path: Path) -> None:
     config = compose(["name=x", "cluster=slurm", f"cluster.time_limit={limit}"])
     assert isinstance(config.cluster, SlurmConfig)

@@ -65,7 +65,7 @@ def settings_of(overrides: Sequence[str]) -> tuple[str, HardwareConfig, RunConfi
     Raises:
         UserError: no such cluster, an unknown key, or a value that a check refuses.
     """
-    mine = [word for word in overrides if _is_hardware(word)]
+    mine = [word for word in overrides if is_hardware(word)]
     names = [word.partition("=")[2] for word in mine if word.startswith("cluster=")]
     known = hardware_names()
     if len(names) != 1 or names[0] not in known:
@@ -145,7 +145,8 @@ def _table(first: str, second: str, lines: Lines) -> Table:
     return table
 
 
-def _is_hardware(override: str) -> bool:
+def is_hardware(override: str) -> bool:
+    """Whether an override chooses or changes the hardware, not the run."""
     return override.startswith(("cluster=", "cluster.", "cluster/"))
 
 

@@ -12,12 +12,12 @@ from hstu_dist.actions import WORD_BITS, action_fields
 from hstu_dist.commands.ranking_model import ranking_parts, ranking_shape
 from hstu_dist.commands.session import Session, average_of, dense_settings, open_tables
 from hstu_dist.config import RunConfig
-from hstu_dist.data.config import prepare_command
+from hstu_dist.data.config import DataSetConfig, prepare_command
 from hstu_dist.data.contextual import contextual_features
 from hstu_dist.data.dataset import Ints, SequenceDataset
 from hstu_dist.data.loader import BatchLoader
 from hstu_dist.data.split import Moments, Split
-from hstu_dist.data.time_split import moments_of
+from hstu_dist.data.time_split import moments_of, own_action_rows
 from hstu_dist.distributed.process_group import World
 from hstu_dist.distributed.ranker import Ranker
 from hstu_dist.errors import UserError
@@ -64,7 +64,7 @@ class RankingSession(Session):
         fields = action_fields(dataset.manifest.action_fields)
         heads = HeadSet(loss.heads, head_fields(loss.heads, fields))
         moments = moments_of(dataset, task.validation_share, task.test_share)
-        check_labels(dataset, heads, moments, prepare_command(config.prepared))
+        check_labels(dataset, heads, moments, config.prepared)
         features = contextual_features(config.data.path, dataset.manifest, task.contextual)
         shape = ranking_shape(config, dataset.num_items, fields, features.sizes)
         check_actions(dataset, shape)
@@ -118,14 +118,16 @@ class RankingSession(Session):
         return evaluate_item_averages(averages_VK.to(device), batches, self.heads, self.moments.before(split))
 
 
-def check_labels(dataset: SequenceDataset, heads: HeadSet, moments: Moments, command: str) -> None:
+def check_labels(dataset: SequenceDataset, heads: HeadSet, moments: Moments, config: DataSetConfig) -> None:
     """Whether the heads can be trained and measured on every part of a split by time.
+
+    Events that no part scores, because a user has more than `max_length` of them, do not count.
 
     Args:
         dataset: the data.
         heads: what is predicted.
         moments: where time is cut.
-        command: what prepares the data, for messages.
+        config: settings of the data.
 
     Raises:
         UserError: no action was recorded, a part has no events, or labels of one class (of one value) only.
@@ -134,9 +136,9 @@ def check_labels(dataset: SequenceDataset, heads: HeadSet, moments: Moments, com
     if not dataset.actions.any():
         raise UserError(
             f"data set {where}: every action is 0, so there is nothing to rank by",
-            f"prepare it with a column of actions: `{command} data.action_column=NAME`",
+            f"prepare it with a column of actions: `{prepare_command(config)} data.action_column=NAME`",
         )
-    for part, events in _parts(dataset, moments):
+    for part, events in _parts(dataset, moments, config.max_length):
         labels_EK = heads.labels(torch.from_numpy(dataset.actions[events])).numpy()
         for index, head in enumerate(heads.configs):
             values = np.unique(labels_EK[:, index])
@@ -151,11 +153,17 @@ def check_labels(dataset: SequenceDataset, heads: HeadSet, moments: Moments, com
             )
 
 
-def _parts(dataset: SequenceDataset, moments: Moments) -> Iterator[tuple[str, np.ndarray]]:
+def _parts(dataset: SequenceDataset, moments: Moments, max_length: int) -> Iterator[tuple[str, np.ndarray]]:
     times = dataset.timestamps
     yield "training", times <= moments.train_until
-    yield "validation", (times > moments.train_until) & (times <= moments.validate_until)
-    yield "test", times > moments.validate_until
+    for part, split in (("validation", Split.VALIDATION), ("test", Split.TEST)):
+        rows = own_action_rows(dataset, moments, split, max_length)
+        first = dataset.offsets[rows.sequences] + rows.starts
+        changes = np.zeros(len(times) + 1, dtype=np.int8)
+        # an end may be another one's start
+        np.add.at(changes, first, 1)
+        np.add.at(changes, first + rows.lengths, -1)
+        yield part, (np.cumsum(changes[:-1], dtype=np.int8) > 0) & (times > moments.before(split))
 
 
 def check_actions(dataset: SequenceDataset, shape: RankingShape) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hstu_dist.commands.plan import job_of, settings_of
+from hstu_dist.commands.plan import is_hardware, job_of, settings_of
 from hstu_dist.commands.scale_cells import read_points, training_compute
 from hstu_dist.config import RunConfig, compose, conf_dir
 from hstu_dist.data.config import AppendixCConfig
@@ -116,7 +116,7 @@ def _measured(fitted: dict[str, Any], family: str) -> float:
 
 def _rung(experiment: str, needed: float, largest: float, overrides: Sequence[str]) -> str:
     """The first rung of the ladder with so much compute, planned on the cluster."""
-    rungs = _ladder(experiment)
+    rungs = _ladder(experiment, [word for word in overrides if not is_hardware(word)])
     if not rungs:
         raise UserError(f"{experiment}: no such experiment in conf/experiment", "fit a sweep over experiments")
     size, compute = next(((s, c) for s, c in rungs if c >= needed), rungs[-1])
@@ -141,12 +141,13 @@ def _rung(experiment: str, needed: float, largest: float, overrides: Sequence[st
     )
 
 
-def _ladder(experiment: str) -> list[tuple[str, int]]:
-    """Rungs and their compute, ascending."""
+def _ladder(experiment: str, overrides: Sequence[str]) -> list[tuple[str, int]]:
+    """Rungs with changed settings and their compute, ascending."""
     if not (conf_dir() / "experiment" / f"{experiment}.yaml").exists():
         return []
     names = sorted(file.stem for file in (conf_dir() / "size").glob("s[0-9][0-9].yaml"))
-    computed = [(name, training_compute(compose([f"experiment={experiment}", f"size={name}"]))) for name in names]
+    words = [[f"experiment={experiment}", f"size={name}", *overrides] for name in names]
+    computed = [(name, training_compute(compose(rung))) for name, rung in zip(names, words, strict=True)]
     return sorted(((name, compute) for name, compute in computed if compute), key=lambda rung: rung[1])
 
 

@@ -25,7 +25,7 @@ CELLS_FILE = "cells.json"
 """In the folder of a sweep: what was asked of each of its cells, run → overrides."""
 
 _NOT_THE_CELL = {"name", "output", "nproc", "cluster", "plan", "published", "experiment"}
-_NOT_THE_DATA = {"max_length", "window", "stochastic_length", "path"}
+_NOT_THE_DATA = {"max_length", "window", "stochastic_length"}
 
 
 def training_compute(config: RunConfig) -> int | None:
@@ -120,12 +120,15 @@ def _point(run: RunFolder) -> Point:
     environment = run.environment()
     values = to_dict(config)
     settings = {name: value for name, value in values.items() if name not in _NOT_THE_CELL}
-    speed = result["speed"]
+    speed, known = result["speed"], run.data()
+    # a copy of prepared data elsewhere is the same; a stream is what its path has
+    excluded = _NOT_THE_DATA | (set() if isinstance(config.data, StreamConfig) else {"path"})
     return Point(
         run=config.name,
         family=config.experiment or config.model.kind,
         settings=_text(settings),
-        data=_text({name: value for name, value in values["data"].items() if name not in _NOT_THE_DATA}),
+        data=_text({name: value for name, value in values["data"].items() if name not in excluded}),
+        made_from="" if known is None else known.made_from,
         seed=config.seed,
         compute=float(speed["training_flops"]),
         parameters=int(result["dense_parameters"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +27,7 @@ class SparkEngine:
 
     def name_table(self, name: str, files: Sequence[Path]) -> None:
         """See `Engine`."""
-        paths = [file.resolve().as_uri() for file in files]
+        paths = [hadoop_path(file) for file in files]
         self._session.read.parquet(*paths).createOrReplaceTempView(name)
 
     def query(self, sql: str) -> Iterator[pa.RecordBatch]:
@@ -40,6 +41,11 @@ class SparkEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._session.stop()
+
+
+def hadoop_path(file: Path) -> str:
+    """A local file as Hadoop names it: nothing is percent-encoded, and what means a pattern is escaped."""
+    return "file://" + re.sub(r"([\\{}\[\]*?])", r"\\\1", str(file.resolve()))
 
 
 def _session() -> SparkSession:

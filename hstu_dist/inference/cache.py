@@ -49,8 +49,8 @@ class CacheStatistics:
     """What a cache did so far.
 
     Attributes:
-        hits: look-ups that found a state, whole or as a prefix.
-        misses: look-ups that found nothing.
+        hits: histories of which something was known, all of it or a prefix.
+        misses: histories that were computed anew from their first token.
         evictions: states that made room for others.
     """
 
@@ -101,12 +101,14 @@ class StateCache:
         """
         self._expect(version)
         state = self._states.get(user)
-        if state is None:
-            self.statistics.misses += 1
-            return None
-        self.statistics.hits += 1
-        self._states.move_to_end(user)
+        if state is not None:
+            self._states.move_to_end(user)
         return state
+
+    def count(self, *, hit: bool) -> None:
+        """Counts a history whose state was, or was not, of use."""
+        self.statistics.hits += hit
+        self.statistics.misses += not hit
 
     def put(self, user: Hashable, version: Hashable, state: UserState) -> None:
         """Keeps a state in place of the user's former one; one that is larger than the bound is not kept."""

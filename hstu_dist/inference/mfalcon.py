@@ -129,6 +129,10 @@ class _Job:
         self.users = [None] * history.num_users if cache is None or history.users is None else history.users
         self.rows = [range(*pair) for pair in pairwise(history.offsets.tolist())]
         columns = [history.tokens, history.key_times[:, None], history.query_times[:, None]]
+        if history.num_contextual is not None:
+            # they see each other, so that all that follows depends on how many they are
+            lengths = history.offsets.diff()
+            columns.append(torch.repeat_interleave(history.num_contextual, lengths)[:, None])
         self.identity = torch.cat(columns, dim=1)
         # of users with more candidates to come
         self.states: dict[int, UserState] = {}
@@ -169,10 +173,15 @@ class _Job:
         state = self.states.get(user)
         if state is not None:
             return state, len(self.rows[user])
-        if self._cached(user):
-            state = self.cache.get(self.users[user], self.version)
-        if state is None:
+        if not self._cached(user):
             return None, 0
+        state = self.cache.get(self.users[user], self.version)
+        known = 0 if state is None else self._shared(state, user)
+        self.cache.count(hit=known > 0)
+        return state, known
+
+    def _shared(self, state: UserState, user: int) -> int:
+        """How many first tokens of the user's history a state of an earlier one serves."""
         wanted = self._identity(user)
         known = state.common_prefix(wanted)
         if known == len(wanted) < len(state.identity):
@@ -180,7 +189,7 @@ class _Job:
             known = max(0, known - 1)
         contextual = 0 if self.history.num_contextual is None else int(self.history.num_contextual[user])
         # contextual tokens see each other: all of them are known or none
-        return state, known if known >= contextual else 0
+        return known if known >= contextual else 0
 
     def _take(self, segment: Segment, out: Tensor, memory: Memory) -> UserState | None:
         """Stores what a pass gave for a segment; returns the state of the whole history if there is one."""

@@ -92,18 +92,17 @@ def operator_arguments(
 
 def _pack(spec: AttentionSpec) -> str:
     """The discrete part of a spec as one string: custom operators take no dataclasses."""
-    return f"{spec.backend},{spec.activation},{spec.window},{spec.global_prefix},{int(spec.deterministic)}"
+    return f"{spec.backend},{spec.activation},{spec.window},{spec.global_prefix}"
 
 
 def _unpack(packed: str, normalizer: float, alpha: float) -> AttentionSpec:
-    backend, activation, window, prefix, deterministic = packed.split(",")
+    backend, activation, window, prefix = packed.split(",")
     return AttentionSpec(
         normalizer=normalizer,
         alpha=alpha,
         activation=Activation(activation),
         window=int(window),
         global_prefix=int(prefix),
-        deterministic=deterministic == "1",
         backend=Backend(backend),
     )
 

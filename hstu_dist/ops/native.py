@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hstu_dist.errors import UserError
 from hstu_dist.ops.bias import NUM_TIME_BUCKETS, time_bucket
 from hstu_dist.ops.call import AttentionCall, Gradients
 from hstu_dist.ops.native_abi import Call, Isa, Status, open_library
@@ -75,10 +76,21 @@ def backward(call: AttentionCall, out: Tensor, lse: Tensor, grad_out: Tensor, is
     )
 
 
+def check_on_cpu(what: str, x: Tensor) -> None:
+    """Whether the library can read a tensor.
+
+    Raises:
+        UserError: it is on another device.
+    """
+    if x.device.type != "cpu":
+        raise UserError(f"{what}: got tensors on {x.device}, expected the CPU", "use backend=auto")
+
+
 class _Arguments:
     """The struct of one call, and the tensors that it points to."""
 
     def __init__(self, call: AttentionCall, isa: Isa) -> None:
+        check_on_cpu("attention backend native", call.q)
         self.dtype = torch.float64 if call.q.dtype == torch.float64 else torch.float32
         q, k, v = (x.to(self.dtype) for x in (call.q, call.k, call.v))
         position, time = (None if w is None else w.to(self.dtype) for w in (call.position_weight, call.time_weight))

@@ -10,7 +10,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from hstu_dist.ops.native import LIBRARY
+from hstu_dist.ops.native import LIBRARY, check_on_cpu
 from hstu_dist.ops.native_abi import Isa, RowOperation, Rows, Status
 from hstu_dist.ops.random import Drop, TokenNoise
 
@@ -63,10 +63,11 @@ def integers(noise: TokenNoise, count: int, high: int, isa: Isa = Isa.AUTO) -> T
     """As in RowKernels."""
     if not 1 <= high <= _LARGEST_DRAW:
         return noise.integers(count, high)
+    tokens = _tokens(noise, noise.tokens.numel())
     call = Rows(bytes=ctypes.sizeof(Rows), threads=torch.get_num_threads(), isa=isa, operation=RowOperation.DRAW)
-    out = torch.empty(noise.tokens.numel(), count, dtype=torch.int64)
+    out = torch.empty(tokens.numel(), count, dtype=torch.int64)
     call.rows, call.width, call.high, call.key = out.shape[0], count, high, noise.key
-    call.tokens, call.integers = noise.tokens.data_ptr(), out.data_ptr()
+    call.tokens, call.integers = tokens.data_ptr(), out.data_ptr()
     _check(LIBRARY.hstu_rows(ctypes.byref(call)))
     return out
 
@@ -81,6 +82,7 @@ def _run(
     drop: Drop | None = None,
 ) -> list[Tensor]:
     first = operands[0]
+    check_on_cpu("row backend native", first)
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
     # rows may be strided, elements of a row may not
     given = [x.to(dtype) if x.stride(1) == 1 or x.shape[1] <= 1 else x.to(dtype).contiguous() for x in operands]
@@ -103,10 +105,23 @@ def _run(
         for i, grad in enumerate(given[1:]):
             call.part_width[i] = grad.shape[1]
     if drop is not None:
-        call.tokens, call.key = drop.noise.tokens.data_ptr(), drop.noise.key
+        # alive until the call has ended
+        tokens = _tokens(drop.noise, first.shape[0])
+        call.tokens, call.key = tokens.data_ptr(), drop.noise.key
         call.threshold, call.scale = drop.threshold, drop.scale
     _check(LIBRARY.hstu_rows(ctypes.byref(call)))
     return [x.to(first.dtype) for x in outputs]
+
+
+def _tokens(noise: TokenNoise, rows: int) -> Tensor:
+    """One number a row, as the library reads them."""
+    check_on_cpu("row backend native", noise.tokens)
+    if noise.tokens.shape != (rows,) or noise.tokens.dtype != torch.int64:
+        raise ValueError(
+            f"noise.tokens: got {noise.tokens.dtype} of shape {tuple(noise.tokens.shape)}, "
+            f"expected torch.int64 of shape ({rows},), one a row"
+        )
+    return noise.tokens.contiguous()
 
 
 def _check(status: int) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hstu_dist.ops.native import LIBRARY
+from hstu_dist.ops.native import LIBRARY, check_on_cpu
 from hstu_dist.ops.native_abi import Isa, SoftmaxLoss, Status
 from hstu_dist.ops.softmax_spec import LossAndGradients, SoftmaxSpec
 
@@ -28,6 +28,7 @@ def loss_and_gradients(
     isa: Isa = Isa.AUTO,
 ) -> LossAndGradients:
     """As in SoftmaxKernel: the same bits on every run and any number of threads; `isa` is AUTO except in tests."""
+    check_on_cpu("softmax backend native", queries_TD)
     dtype = torch.float64 if queries_TD.dtype == torch.float64 else torch.float32
     queries, items = queries_TD.to(dtype), items_CD.to(dtype)
     width = queries.shape[1]

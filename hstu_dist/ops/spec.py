@@ -38,7 +38,6 @@ class AttentionSpec:
         window: a query sees its `window` most recent keys, itself included; 0 means no limit.
         global_prefix: the first `global_prefix` keys stay visible outside the window
             (semi-local attention, arXiv 2602.16986). Without a window it changes nothing.
-        deterministic: sum the bias gradients in a fixed order, where that costs speed.
         backend: which implementation computes it.
     """
 
@@ -47,7 +46,6 @@ class AttentionSpec:
     activation: Activation = Activation.SILU
     window: int = 0
     global_prefix: int = 0
-    deterministic: bool = False
     backend: Backend = Backend.BLOCKED
 
     def __post_init__(self) -> None:
@@ -109,6 +107,8 @@ class JaggedLayout:
                 raise ValueError(
                     f"key_offsets: got {key_lengths.numel()} sequences, expected {lengths.numel()} as in offsets"
                 )
+            if self.key_offsets.device != self.offsets.device:
+                raise ValueError(f"key_offsets: got {_where(self.key_offsets)}, expected {self.offsets.device}")
             _reject("offsets", lengths > key_lengths, "more queries than keys", "queries to be the last of their keys")
         special = torch.zeros_like(key_lengths)
         for name in ("num_contextual", "num_targets"):

@@ -23,7 +23,7 @@ def smallest_changes(job: Job, hardware: HardwareConfig, plan: PlanConfig) -> li
         hardware: where.
         plan: how much of a chip may be used.
     """
-    found = [text for text, changed in _single(job, hardware, plan) if fits(changed, hardware, plan)]
+    found = [text for text, changed in _single(job, hardware, plan) if _works(changed, hardware, plan)]
     ranks = _enough_ranks(job, hardware, plan)
     if ranks:
         found.append(f"cluster.ranks={ranks}")
@@ -34,7 +34,7 @@ def smallest_changes(job: Job, hardware: HardwareConfig, plan: PlanConfig) -> li
     for text, changed in _lean(job, hardware):
         words.append(text)
         lean = changed(lean)
-    if words and fits(lean, hardware, plan):
+    if words and _works(lean, hardware, plan):
         return [" ".join(words)]
     ranks = _enough_ranks(lean, hardware, plan)
     return [" ".join([*words, f"cluster.ranks={ranks}"])] if ranks else []
@@ -61,11 +61,16 @@ def _single(job: Job, hardware: HardwareConfig, plan: PlanConfig) -> Iterator[tu
 def _lean(job: Job, hardware: HardwareConfig) -> Iterator[tuple[str, Callable[[Job], Job]]]:
     if job.embedding.sharding in _WHOLE:
         yield "embedding=row_wise", _row_wise
-    if job.sequences_of(hardware.ranks) > 1:
-        size = hardware.ranks
+    if job.sequences_of(hardware.ranks) > job.micro_batches:
+        size = hardware.ranks * job.micro_batches
         yield f"trainer.global_batch_size={size}", lambda j: replace(j, global_batch_size=size)
     if _state(job) > 1:
         yield "embedding.optimizer.kind=rowwise_adagrad", _adagrad
+
+
+def _works(job: Job, hardware: HardwareConfig, plan: PlanConfig) -> bool:
+    """Whether a launch would take it, and it has room."""
+    return job.can_be_arranged(hardware.ranks) and fits(job, hardware, plan)
 
 
 def _row_wise(job: Job) -> Job:
@@ -103,7 +108,9 @@ def _enough_ranks(job: Job, hardware: HardwareConfig, plan: PlanConfig) -> int |
     while lowest + 1 < nodes:
         middle = (lowest + nodes) // 2
         lowest, nodes = (lowest, middle) if fit(middle) else (middle, nodes)
-    return nodes * local if nodes > hardware.nodes else None
+    while nodes * local <= _MOST_RANKS and not job.can_be_arranged(nodes * local):
+        nodes += 1
+    return nodes * local if hardware.nodes < nodes <= _MOST_RANKS // local else None
 
 
 def _largest(highest: int, suffices: Callable[[int], bool]) -> int | None:

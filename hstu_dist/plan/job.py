@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from hstu_dist.distributed.config import ITEM, EmbeddingConfig, ParallelConfig, TableShape, TableSpec, stored_width
+from hstu_dist.errors import UserError
 from hstu_dist.losses.config import FullSoftmaxConfig, SampledSoftmaxConfig
 from hstu_dist.models.config import HSTUConfig, TransformerConfig
 from hstu_dist.models.flops import FlopCount, count_flops, encoder_work
@@ -66,6 +67,15 @@ class Job:
     def sequences_of(self, ranks: int) -> int:
         """Sequences of the fullest rank."""
         return -(-self.global_batch_size // ranks)
+
+    def can_be_arranged(self, ranks: int) -> bool:
+        """Whether so many ranks can form the groups and replicas, with a sequence for each part of a rank's share."""
+        try:
+            self.parallel.check(ranks)
+            self.embedding.check_replicas(ranks)
+        except UserError:
+            return False
+        return self.micro_batches <= max(1, self.global_batch_size / ranks)
 
     def table_ranks(self, ranks: int) -> int:
         """Ranks that hold one set of tables."""

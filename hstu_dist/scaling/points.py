@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from hstu_dist.errors import UserError
@@ -17,8 +18,9 @@ class Point:
     Attributes:
         run: its name.
         family: what is compared, such as an experiment.
-        settings: all that makes it what it is, but its name: two runs with the same settings are one cell.
+        settings: all that makes it what it is, but its name, as JSON: of two runs with the same settings one counts.
         data: what makes its data set, as text.
+        made_from: hash of what its prepared data was made from; empty: the run left no record of it.
         seed: of the run.
         compute: FLOPs of training.
         parameters: of the tower.
@@ -33,6 +35,7 @@ class Point:
     family: str
     settings: str
     data: str
+    made_from: str
     seed: int
     compute: float
     parameters: int
@@ -41,6 +44,11 @@ class Point:
     metrics: dict[str, float]
     date: str
     commit: str
+
+    @property
+    def cell(self) -> str:
+        """The settings without the seed: runs of the same cell are of one size, whatever their seeds drew."""
+        return json.dumps({name: value for name, value in json.loads(self.settings).items() if name != "seed"})
 
 
 @dataclass(frozen=True)
@@ -85,10 +93,15 @@ def accept(points: Iterable[Point], metric: str) -> Accepted:
     return Accepted(tuple(kept), tuple(excluded))
 
 
-def _check_data(points: Iterable[Point]) -> None:
+def _check_data(points: Sequence[Point]) -> None:
+    _check_same([(point.data, point.run) for point in points])
+    _check_same([(point.made_from, point.run) for point in points if point.made_from])
+
+
+def _check_same(pairs: Iterable[tuple[str, str]]) -> None:
     of_data: dict[str, str] = {}
-    for point in points:
-        of_data.setdefault(point.data, point.run)
+    for data, run in pairs:
+        of_data.setdefault(data, run)
     if len(of_data) > 1:
         (first, one), (second, other), *_ = of_data.items()
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -78,7 +79,9 @@ class Family:
         used = _frontier(points, metric)
         sizes = _sizes(used)
         spare = len(sizes) > LEAST_SIZES
-        fitted = [p for p in used if not spare or p.compute < sizes[-1] * (1 - _SAME_SIZE)]
+        largest = sizes[-1] * (1 - _SAME_SIZE) if spare else math.inf
+        size_of = _compute_of_cells(used)
+        fitted = [p for p in used if size_of[p.cell] < largest]
         fit = fit_law(kind_of(metric), *_columns(fitted, metric)) if len(sizes) >= LEAST_SIZES else None
         last = _held_out([p for p in used if p not in fitted], metric, fit) if spare and fit is not None else None
         return cls(
@@ -195,10 +198,18 @@ def _columns(points: Sequence[Point], metric: str) -> tuple[Floats, Floats]:
     return np.array([p.compute for p in points]), np.array([p.metrics[metric] for p in points])
 
 
+def _compute_of_cells(points: Sequence[Point]) -> dict[str, float]:
+    """Geometric mean over the seeds of each cell, which may have drawn or stopped differently."""
+    logs: dict[str, list[float]] = {}
+    for point in points:
+        logs.setdefault(point.cell, []).append(math.log(point.compute))
+    return {cell: math.exp(sum(values) / len(values)) for cell, values in logs.items()}
+
+
 def _sizes(points: Sequence[Point]) -> list[float]:
-    """Computes that differ by more than rounding."""
+    """Computes of cells that differ by more than rounding."""
     found: list[float] = []
-    for compute in sorted(point.compute for point in points):
+    for compute in sorted(_compute_of_cells(points).values()):
         if not found or compute > found[-1] * (1 + _SAME_SIZE):
             found.append(compute)
     return found

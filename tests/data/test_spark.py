@@ -13,6 +13,7 @@ import pytest
 from hstu_dist.data.config import EventsConfig, PreparationConfig
 from hstu_dist.data.flat_columns import EVENTS_FILE, OFFSETS_FILE
 from hstu_dist.data.prepare import prepare
+from hstu_dist.data.spark_engine import hadoop_path
 from hstu_dist.errors import UserError
 from tests.data.cases import log_config, write_log
 
@@ -31,6 +32,11 @@ def log_of(tmp_path: Path, text: bool) -> Path:
     return write_log(tmp_path / "log.parquet", {"user": names if text else users, "item": items, "time": times})
 
 
+def test_hadoop_reads_paths_as_they_are() -> None:
+    assert hadoop_path(Path("/data/date=2026-01-31/jürgen 1")) == "file:///data/date=2026-01-31/jürgen 1"
+    assert hadoop_path(Path("/a[1]/b{2}*?")) == r"file:///a\[1\]/b\{2\}\*\?"
+
+
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.skipif(not HAS_SPARK, reason="needs the extra `spark` and Java 17")
@@ -40,7 +46,8 @@ def test_spark_equals_duckdb(tmp_path: Path, settings: dict[str, Any], text: boo
     log = log_of(tmp_path, text)
 
     def prepared(engine: str) -> tuple[EventsConfig, dict[str, str]]:
-        config = log_config(log, tmp_path / engine, **settings)
+        # with what a URL would encode
+        config = log_config(log, tmp_path / "date=1 ü" / engine, **settings)
         return config, prepare(config, PreparationConfig(engine=engine)).files  # type: ignore[arg-type]
 
     (embedded, files), (spark, spark_files) = prepared("duckdb"), prepared("spark")

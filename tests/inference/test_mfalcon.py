@@ -85,6 +85,16 @@ def test_contextual_tokens_stay_together() -> None:
     assert_equal(scorer.score(changed, candidates, cache=cache), one_by_one(encoder, changed, candidates))
 
 
+def test_more_contextual_tokens_are_another_history() -> None:
+    encoder = encoder_of(VARIANTS["paper"])
+    cache, scorer = StateCache(1 << 24), Scorer(encoder)
+    for contextual in (None, (3, 4), (2, 4)):
+        history = history_of((9, 4), contextual=contextual)
+        candidates = candidates_of((4, 2), history)
+        assert_equal(scorer.score(history, candidates, cache=cache), one_by_one(encoder, history, candidates))
+    assert (cache.statistics.hits, cache.statistics.misses) == (1, 5)
+
+
 def test_only_new_tokens_are_computed() -> None:
     encoder = encoder_of(VARIANTS["paper"])
     computed: list[int] = []

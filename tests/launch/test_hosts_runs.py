@@ -110,6 +110,7 @@ def test_a_port_in_use_and_a_host_that_does_not_answer(tiny_data: Path, hosts: T
     )
     nowhere[1] = hosts.addresses[1]
     refused = subprocess.run(nowhere, capture_output=True, text=True, check=False, timeout=60)
-    assert refused.returncode == 2
+    # others may come up later
+    assert refused.returncode == 1
     assert f"error: {hosts.names[1]}: 10.213.251.9 cannot be reached for 2 s" in refused.stderr
     assert "Traceback" not in refused.stderr

@@ -128,6 +128,8 @@ if "jsonpath={{.status.active}}" in sys.argv:
     print((folder / "active").read_text())
 elif "--field-selector=status.phase=Running" in sys.argv:
     print((folder / "pods").read_text())
+elif "delete" in sys.argv:
+    print("job.batch/hstu-tiny" if (folder / "active").read_text() else "No resources found")
 elif "logs" in sys.argv:
     print("what the ranks said")
 """
@@ -167,8 +169,13 @@ def test_applies_asks_and_deletes(tmp_path: Path, kubectl: Path, capsys: pytest.
     assert main(["logs", folder]) == 0
     assert capsys.readouterr().out == "what the ranks said\n"
     assert main(["status", folder]) == 0
+    capsys.readouterr()
     assert main(["cancel", folder]) == 0
-    assert [words[2] for words, _ in calls(kubectl)] == ["logs", "get", "delete"]
+    assert capsys.readouterr().out == "job hstu-tiny: deleted; its pods save a checkpoint and stop\n"
+    assert [words[2] for words, _ in calls(kubectl)] == ["logs", "get", "get", "delete"]
+    (kubectl / "active").write_text("")
+    assert main(["cancel", folder]) == 2
+    assert "job hstu-tiny: not there" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -8,6 +8,8 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,9 +19,10 @@ from omegaconf import OmegaConf
 from hstu_dist.config import conf_dir
 from hstu_dist.run_folder import RunFolder
 from hydra_plugins.hstu_dist_launcher import HstuDistLauncher
-from launch import multirun
+from launch import multirun, slurm
 from launch.__main__ import main
 from launch.multirun import Cell, Sweep, fixed_settings, hand_to_sweeper
+from launch.run_files import write_job
 from tests.launch.runs import REPOSITORY, Started
 from tests.scaling.cases import write_run
 from tests.tiny import result_of, tiny_overrides
@@ -111,6 +114,38 @@ def test_a_cell_that_is_asked_for_twice_starts_once(tmp_path: Path, monkeypatch:
     cells = Sweep({"experiment", "output"}, None).plan([words, words])
     assert multirun._work_off(cells, 4) is None
     assert len(cells) == 2 and [cell.config.seed for cell in started] == [2]
+
+
+@pytest.mark.slow
+def test_a_cell_that_a_scheduler_has_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[Cell] = []
+    monkeypatch.setattr(multirun, "_start", started.append)
+    monkeypatch.setattr(slurm, "_state", lambda job: "RUNNING None" if job == "17" else None)
+    words = ["name=x", "cluster=slurm", f"output={tmp_path}", "seed=1,2,3"]
+    for name, job in (("x_seed-1", "17"), ("x_seed-2", "16")):
+        write_job(RunFolder(tmp_path / name), job)
+    assert main(["-m", *words]) == 1
+    assert [cell.config.seed for cell in started] == [2, 3]
+    rows = pq.read_table(tmp_path / "x_by_seed.parquet").to_pylist()
+    assert [row["state"] for row in rows] == ["submitted", "waiting", "waiting"]
+    assert "submitted" in capsys.readouterr().out
+
+
+def test_lines_to_start_by_hand_are_no_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["name=x", "cluster=hosts", "cluster.addresses=[gpu1,gpu2]", f"output={tmp_path}", "seed=1,2"]
+    assert main(["-m", *words]) == 2
+    assert "cluster.start: got print with --multirun" in capsys.readouterr().err
+    assert main(["-m", *words, "dry_run=true"]) == 0
+    assert capsys.readouterr().out.count("# on gpu2:") == 2
+
+
+@pytest.mark.parametrize(("code", "state"), [(-15, "stopped"), (143, "stopped"), (75, "stopped"), (1, "failed (1)")])
+def test_what_an_exit_code_means(code: int, state: str, tmp_path: Path) -> None:
+    (cell,) = Sweep({"name", "output"}, None).plan([["name=x", f"output={tmp_path}", "seed=2"]])
+    cell.process = cast(Any, SimpleNamespace(poll=lambda: code))
+    assert cell.state == state
 
 
 def test_a_bad_cell_is_refused_before_any_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

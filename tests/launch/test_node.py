@@ -13,11 +13,20 @@ import psutil
 import pytest
 from torch.distributed.run import parse_args
 
-from hstu_dist.config import compose, save
+from hstu_dist.config import compose, load, save
 from hstu_dist.errors import ExitCode, UserError
 from hstu_dist.run_folder import RunFolder
 from launch import node
-from launch.node import NodeArguments, _parse, check_port_is_free, main, own_address, prepare, wait_for_host
+from launch.node import (
+    NodeArguments,
+    UnreachableError,
+    _parse,
+    check_port_is_free,
+    main,
+    own_address,
+    prepare,
+    wait_for_host,
+)
 from launch.torchrun import agent_command, agent_environment
 
 
@@ -152,8 +161,46 @@ def test_a_refused_port_is_an_answer() -> None:
 def test_a_name_that_does_not_exist() -> None:
     with pytest.raises(UserError, match=r"nowhere\.invalid cannot be reached for 0\.5 s"):
         wait_for_host("nowhere.invalid", 29400, seconds=0.5)
-    with pytest.raises(UserError, match=r"no way to nowhere\.invalid"):
+    with pytest.raises(UnreachableError, match=r"no way to nowhere\.invalid"):
         own_address("nowhere.invalid", 29400, None)
+
+
+def test_a_pod_waits_for_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = socket.getaddrinfo("127.0.0.1", 29400, type=socket.SOCK_DGRAM)
+    answers = iter([socket.gaierror(-2, "Name or service not known"), known])
+
+    def look_up(*_: object, **__: object) -> object:
+        answer = next(answers)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(node.socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(node, "_RETRY_SECONDS", 0.01)
+    assert own_address("localhost", 29400, None, seconds=20)[0].startswith("127.")
+
+
+def test_who_cannot_reach_the_first_machine_may_try_again(
+    arguments: NodeArguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def unreachable(*_: object) -> None:
+        raise UnreachableError("gpu1 cannot be reached")
+
+    monkeypatch.setattr(node, "wait_for_host", unreachable)
+    words = replace(arguments, node="1").words([])[2:]
+    assert main(words) == ExitCode.FAILED
+    assert capsys.readouterr().err == "error: gpu1 cannot be reached\n"
+    # who comes when the run is over misses nobody
+    config = load(arguments.config_file)
+    folder = RunFolder(config.run_dir)
+    folder.describe(config)
+    metrics = {"hr@10": 0.25}
+    result = {"epochs": config.trainer.last_epoch, "steps": 16, "stopped_early": False, "best_epoch": 1}
+    folder.finish({**result, "test": metrics, "popularity": metrics})
+    assert main(words) == ExitCode.FINISHED
+    assert "0.2500" in capsys.readouterr().out
 
 
 def test_the_interface_can_be_chosen() -> None:

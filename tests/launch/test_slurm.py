@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hstu_dist.config import compose, load
+from hstu_dist.cluster import SlurmConfig
+from hstu_dist.config import compose, load, save
 from hstu_dist.run_folder import RunFolder
 from launch.__main__ import main
 from launch.slurm import script
@@ -38,6 +39,28 @@ def stand_in(folder: Path, name: str, line: str) -> None:
 
 def options(text: str) -> list[str]:
     return [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
+
+
+def test_only_whole_words_are_filled_in(overrides: list[str], tmp_path: Path) -> None:
+    text = script(compose([*overrides, "name=RUN_ID"]))
+    (line,) = [line for line in text.splitlines() if line.startswith("srun ")]
+    words = shlex.split(line)
+    assert str(tmp_path / "my runs" / "RUN_ID" / "launch.yaml") in words
+    assert "$address:$port" in words and "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" in words
+
+
+def test_a_signal_is_heard_while_the_machine_is_set_up(overrides: list[str]) -> None:
+    text = script(compose([*overrides, "cluster.setup=['module load x']"]))
+    assert text.index("trap ask_to_stop USR1") < text.index("module load x")
+
+
+def test_a_shells_variables_survive_the_settings_file(overrides: list[str], tmp_path: Path) -> None:
+    line = "export TMPDIR=/scratch/${SLURM_JOB_ID} HOST=${NAME%%.*} BOTH=\\\\${X:-1}"
+    config = compose([*overrides, "cluster.setup=['" + line.replace("${", "\\${") + "']"])
+    assert isinstance(config.cluster, SlurmConfig) and len(config.cluster.setup) == 1
+    assert "TMPDIR=/scratch/${SLURM_JOB_ID} HOST=${NAME%%.*}" in script(config)
+    save(config, tmp_path / "launch.yaml")
+    assert load(tmp_path / "launch.yaml") == config
 
 
 def test_a_shell_reads_it(overrides: list[str]) -> None:

@@ -173,5 +173,4 @@ CASES = [
     Case(name="softmax", lengths=(0, 1, 17, 64, 130), spec=_SOFTMAX),
     Case(name="softmax-targets", lengths=(9, 64, 70), targets=(3, 64, 5), contextual=(2, 0, 4), spec=_SOFTMAX),
     Case(name="softmax-cached", lengths=(1, 4, 33), cached=(20, 0, 64), spec=replace(_SOFTMAX, window=9)),
-    Case(name="deterministic", lengths=(64, 5), spec=replace(_SILU, deterministic=True)),
 ]

@@ -12,14 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hstu_dist.errors import UserError
 from hstu_dist.ops import row_kernels
 from hstu_dist.ops.native_abi import Isa, supported
 from hstu_dist.ops.random import Drop, TokenNoise, fold
 from hstu_dist.ops.row_kernels import RowKernels
 from hstu_dist.ops.rows import EPSILON, Projection, drop_of, dropout, gated_output, project_silu
+from hstu_dist.ops.softmax_spec import SoftmaxSpec
 
 native = pytest.importorskip("hstu_dist.ops.native", exc_type=ImportError)
 native_rows = pytest.importorskip("hstu_dist.ops.native_rows", exc_type=ImportError)
+native_softmax = pytest.importorskip("hstu_dist.ops.native_softmax", exc_type=ImportError)
 
 OPERATIONS = ("normalize", "normalize_backward", "silu", "silu_backward", "gate", "gate_backward", "drop", "integers")
 
@@ -183,6 +186,35 @@ def test_results_do_not_depend_on_threads(kernels: RowKernels) -> None:
         torch.set_num_threads(before)
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+def test_noise_has_a_number_for_every_row() -> None:
+    kernels, x = on(Isa.AUTO), torch.ones(6, 8)
+    every_second = TokenNoise(7, torch.arange(12)[::2])
+    drop = Drop(every_second, 0.5)
+    expected = kernels.drop(x, Drop(TokenNoise(7, every_second.tokens.contiguous()), 0.5))
+    assert torch.equal(kernels.drop(x, drop), expected)
+    assert torch.equal(kernels.integers(every_second, 3, 100), every_second.integers(3, 100))
+    with pytest.raises(ValueError, match=r"noise\.tokens: got torch\.int64 of shape \(6,\), expected .* \(7,\)"):
+        kernels.drop(torch.ones(7, 8), drop)
+
+
+def attend(x: Tensor) -> None:
+    native.forward(SimpleNamespace(q=x[:, None, :]))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        native_rows.silu,
+        lambda x: native_softmax.loss_and_gradients(x, x, torch.arange(4), None, SoftmaxSpec(temperature=0.1)),
+        attend,
+    ],
+    ids=["rows", "softmax", "attention"],
+)
+def test_tensors_elsewhere_are_refused_before_a_pointer_is_read(call: Callable[[Tensor], object]) -> None:
+    with pytest.raises(UserError, match="got tensors on meta, expected the CPU"):
+        call(torch.ones(4, 16, device="meta"))
 
 
 def test_widths_must_add_up() -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from hstu_dist.distributed.config import ParallelConfig
 from hstu_dist.losses.config import SampledSoftmaxConfig
 from hstu_dist.plan.config import HardwareConfig, PlanConfig
 from hstu_dist.plan.fit import smallest_changes
@@ -35,6 +36,19 @@ def test_fewer_negatives_are_the_most_that_fit() -> None:
     many = job(loss=SampledSoftmaxConfig(num_negatives=300))
     small = room_for(job(loss=SampledSoftmaxConfig(num_negatives=200)))
     assert value_of(smallest_changes(many, small, PLAN), "loss.num_negatives") == 200
+
+
+def test_advice_can_be_launched() -> None:
+    # 9 sequences a rank do not fit, 8 do: on 12 ranks, if groups of 8 did not ask for 16
+    small = room_for(job(global_batch_size=8 * 8))
+    grouped = job(global_batch_size=9 * 8, parallel=ParallelConfig(kind="hsdp", shard_ranks=8))
+    assert value_of(smallest_changes(grouped, small, PLAN), "cluster.ranks") == 16
+    # as small as fits, a share would have fewer sequences than parts
+    parts = [replace(job(global_batch_size=n * 8), micro_batches=8) for n in (8, 16)]
+    changes = smallest_changes(parts[1], room_for(parts[0]), PLAN)
+    assert value_of(changes, "trainer.global_batch_size") == 64
+    tiny = room_for(replace(job(global_batch_size=8), micro_batches=1))
+    assert not any(change.startswith("trainer.global_batch_size") for change in smallest_changes(parts[1], tiny, PLAN))
 
 
 def test_more_ranks_are_the_fewest_that_fit() -> None:

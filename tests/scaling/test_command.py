@@ -12,6 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from hstu_dist.__main__ import main
+from hstu_dist.commands.scale_cells import training_compute
+from hstu_dist.config import compose
+from hstu_dist.data.identity import DataIdentity
 from tests.scaling.cases import LAWS, SIZES, write_run, write_sweep
 
 
@@ -77,6 +80,60 @@ def test_too_few_finished_cells(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert not (tmp_path / "fit").exists()
     assert main(["scale", "fit", str(tmp_path / "nowhere")]) == 2
     assert "got no runs" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_seeds_that_drew_differently_are_one_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As with Stochastic Length or emission: a second seed of each cell trains on one percent more."""
+    sizes = SIZES[:3]
+    for size in sizes:
+        compute = training_compute(write_run(tmp_path, "scaling_hstu", size))
+        assert compute is not None
+        speed = {"training_flops": 1.01 * compute, "tokens_per_second": 1000.0, "train_seconds": 50.0}
+        words = ["seed=2", f"name=scaling_hstu_{size}_seed2"]
+        write_run(tmp_path, "scaling_hstu", size, words=words, speed=speed)
+    assert main(["scale", "fit", str(tmp_path)]) == 2
+    assert "has 3 sizes, expected at least 4" in capsys.readouterr().err
+    for size in SIZES[3:]:
+        write_run(tmp_path, "scaling_hstu", size)
+    write_run(tmp_path, "scaling_hstu", SIZES[-1], words=["seed=2", "name=last_seed2"])
+    (family,) = fitted(tmp_path)["families"]  # type: ignore[misc]
+    assert sorted(family["held_out"]["runs"]) == ["last_seed2", f"scaling_hstu_{SIZES[-1]}"]
+
+
+@pytest.mark.slow
+def test_a_plan_is_for_the_settings_that_it_is_given(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fitted(copied)
+    planned = []
+    for more in ([], ["task.records.train=400000"]):
+        capsys.readouterr()
+        assert main(["scale", "plan", str(copied), "cluster=h100x8", *more, "--target-loss", "4.31"]) == 0
+        shown = capsys.readouterr().out
+        (tokens,) = re.findall(r"parameters, (\S+) tokens", shown.split("scaling_sasrec")[0])
+        (size,) = re.findall(r"size=(s\d\d)", shown.split("scaling_sasrec")[0])
+        rung = training_compute(compose(["experiment=scaling_hstu", f"size={size}", *more]))
+        needed = float(re.search(r"scaling_hstu: loss 4.31 takes (\S+) FLOPs", shown)[1])  # type: ignore[index]
+        records = compose(["experiment=scaling_hstu", f"size={size}", *more])
+        assert rung is not None
+        assert records.record_split is not None
+        assert records.record_split.train is not None
+        trained = records.record_split.train * records.data.max_length
+        assert float(tokens) == pytest.approx(trained * needed / rung, rel=0.02)
+        planned.append(float(tokens))
+    assert planned[0] > 0
+
+
+@pytest.mark.slow
+def test_data_prepared_from_another_log_does_not_mix(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for run, made_from in (("scaling_hstu_s01", "sha256:a"), ("scaling_hstu_s02", "sha256:a")):
+        record = DataIdentity(files={}, made_from=made_from, values={})
+        (copied / run / "data.json").write_bytes(record.to_json())
+    # others left no record
+    fitted(copied)
+    other = DataIdentity(files={}, made_from="sha256:b", values={})
+    (copied / "scaling_hstu_s02" / "data.json").write_bytes(other.to_json())
+    assert main(["scale", "fit", str(copied)]) == 2
+    assert "scaling_hstu_s01 and scaling_hstu_s02 were trained on different data sets" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -90,14 +90,22 @@ def test_actions_out_of_range_are_refused(rated_data: Path) -> None:
 
 def test_every_part_must_have_both_classes(rated_data: Path) -> None:
     session = session_of(rated_data)
-    dataset, moments = session.dataset, session.moments
+    dataset, moments, config = session.dataset, session.moments, session.config.prepared
     late = dataset.timestamps > moments.validate_until
     liked = replace(dataset, actions=np.where(late, 5, dataset.actions).astype(np.int32))
     with pytest.raises(UserError, match="head like: got only labels 1 in the test part"):
-        check_labels(liked, session.heads, moments, "prepare")
+        check_labels(liked, session.heads, moments, config)
     never = replace(moments, validate_until=10**12)
     with pytest.raises(UserError, match="head like: got no event in the test part"):
-        check_labels(dataset, session.heads, never, "prepare")
+        check_labels(dataset, session.heads, never, config)
+    # of users with more than two late events only the last two are liked, and no others scored
+    ends = np.repeat(dataset.offsets[1:], dataset.lengths)
+    last_two = ends - np.arange(len(ends)) <= 2
+    disliked = replace(liked, actions=np.where(late & ~last_two, 1, liked.actions).astype(np.int32))
+    check_labels(disliked, session.heads, moments, config)
+    short = replace(config, max_length=2)
+    with pytest.raises(UserError, match="head like: got only labels 1 in the test part"):
+        check_labels(disliked, session.heads, moments, short)
 
 
 def test_each_part_scores_its_own_events_with_their_history(rated_data: Path) -> None:

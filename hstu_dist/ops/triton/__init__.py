@@ -1,7 +1,7 @@
 """Triton backend of HSTU attention: fused kernels for NVIDIA and AMD GPUs, bias gradients included.
 
-Only this package imports Triton, and only `backends.load` imports this package. Sums are taken in a fixed order
-whatever `AttentionSpec.deterministic` says: no kernel lets two programs add to the same number.
+Only this package imports Triton, and only `backends.load` imports this package. Sums are taken in a fixed order:
+no kernel lets two programs add to the same number.
 """
 
 from __future__ import annotations
