@@ -24,7 +24,7 @@ from hstu_dist.cluster import ClusterConfig
 from hstu_dist.data.config import DataSetConfig
 from hstu_dist.data.record_split import RecordSplit
 from hstu_dist.data.stream.config import FeedConfig, StreamConfig
-from hstu_dist.distributed.config import ITEM, EmbeddingConfig, TableShape
+from hstu_dist.distributed.config import ITEM, EmbeddingConfig
 from hstu_dist.errors import UserError
 from hstu_dist.files import write_atomically
 from hstu_dist.losses.config import (
@@ -159,8 +159,7 @@ class RunConfig:
         return self.model, self.loss
 
     def _check_tables(self) -> None:
-        any_shape = TableShape(1, 1)
-        for name, spec in self.embedding.specs(dict.fromkeys([ITEM, *self.embedding.tables], any_shape)).items():
+        for name, spec in self.embedding.configured().items():
             if name not in (ITEM, *FEATURES):
                 known = ", ".join(FEATURES) or "no further table"
                 raise ValueError(f"embedding.tables: got {name}, expected {known}: the model looks nothing else up")

@@ -15,6 +15,7 @@ from hstu_dist.data.contextual import check_contextual
 from hstu_dist.data.schema import Manifest, load_manifest
 from hstu_dist.data.stream.config import StreamConfig
 from hstu_dist.data.stream.source import check_reachable
+from hstu_dist.distributed.arrangement import check_arrangement
 from hstu_dist.distributed.config import ITEM, TableShape, TableSpec
 from hstu_dist.distributed.table_plan import configured_plan, plan_of_settings
 from hstu_dist.errors import UserError
@@ -121,14 +122,8 @@ def check_ranks(config: RunConfig, world_size: int) -> None:
     Raises:
         UserError: they cannot, or the share has fewer sequences.
     """
-    config.trainer.parallel.check(world_size)
-    config.embedding.check_replicas(world_size)
-    parts, share = config.trainer.micro_batches, config.trainer.global_batch_size / world_size
-    if parts > max(1, share):
-        raise UserError(
-            f"trainer.micro_batches: got {parts}, but a rank's share of a step has {share:g} sequences",
-            f"use at most {max(1, int(share))}, fewer ranks or a larger trainer.global_batch_size",
-        )
+    trainer = config.trainer
+    check_arrangement(trainer.parallel, config.embedding, trainer.micro_batches, trainer.global_batch_size, world_size)
 
 
 def check_ranking(task: RankingConfig, loss: LossConfig, manifest: Manifest) -> None:
@@ -194,8 +189,7 @@ def check_average(config: RunConfig) -> None:
     Raises:
         UserError: they are in the host's memory, and it would take the GPU's.
     """
-    any_shape = TableShape(1, 1)
-    for name, spec in config.embedding.specs(dict.fromkeys([ITEM, *config.embedding.tables], any_shape)).items():
+    for name, spec in config.embedding.configured().items():
         kernel = spec.config.compute_kernel
         if kernel != "fused" and config.optimizer.average_decay is not None:
             raise UserError(

@@ -6,6 +6,7 @@ import contextlib
 import io
 import math
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -78,8 +79,8 @@ class Cell:
             return "waiting" if self.process is None else "running"
         if code == ExitCode.FINISHED and read_job(self.folder) is not None:
             return "submitted"
-        # below zero: before it could hear the signal
-        stopped = code == ExitCode.STOPPED or code > 128 or code < 0
+        # the last: before it could hear the signal
+        stopped = code == ExitCode.STOPPED or code > 128 or code == -signal.SIGTERM
         return "stopped" if stopped else f"failed ({code})"
 
     @property

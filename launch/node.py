@@ -8,10 +8,11 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import TypeVar, get_args
 
 import psutil
 
@@ -23,6 +24,8 @@ from launch.local import ended_by_request, run
 from launch.run_files import finished_text
 from launch.spec import LaunchSpec, Meeting, Program
 from launch.torchrun import agent_command, agent_environment
+
+T = TypeVar("T")
 
 _RETRY_SECONDS = 1.0
 _CONNECT_SECONDS = 5.0
@@ -185,20 +188,12 @@ def wait_for_host(host: str, port: int, seconds: float) -> None:
     Raises:
         UnreachableError: no answer in the given time.
     """
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
+
+    def answer() -> None:
+        with suppress(ConnectionRefusedError):
             socket.create_connection((host, port), timeout=min(_CONNECT_SECONDS, seconds)).close()
-            return
-        except ConnectionRefusedError:
-            return
-        except OSError as error:
-            if time.monotonic() + _RETRY_SECONDS > deadline:
-                raise UnreachableError(
-                    f"{socket.gethostname()}: {host} cannot be reached for {seconds:g} s ({error.strerror or error})",
-                    "check its name, the network and firewalls, or set cluster.interface",
-                ) from error
-        time.sleep(_RETRY_SECONDS)
+
+    _within(seconds, answer, f"{host} cannot be reached for {seconds:g} s")
 
 
 def own_address(host: str, port: int, interface: str | None, seconds: float = 0) -> tuple[str, str]:
@@ -223,7 +218,14 @@ def own_address(host: str, port: int, interface: str | None, seconds: float = 0)
                 f"choose among {', '.join(sorted(addresses))}",
             )
         return ipv4[0], interface
-    address = _address_towards(host, port, seconds)
+
+    def towards_host() -> str:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0][0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, port))
+            return str(probe.getsockname()[0])
+
+    address = _within(seconds, towards_host, f"no way to {host}")
     names = [name for name, known in addresses.items() if address in known]
     # Debian's hosts file gives a machine's own name to 127.0.1.1, where nobody else finds it
     if not names or (address.startswith("127.") and host not in _ONE_MACHINE):
@@ -234,19 +236,21 @@ def own_address(host: str, port: int, interface: str | None, seconds: float = 0)
     return address, names[0]
 
 
-def _address_towards(host: str, port: int, seconds: float) -> str:
+def _within(seconds: float, attempt: Callable[[], T], problem: str) -> T:
+    """What an attempt gives, which is repeated while the network refuses it.
+
+    Raises:
+        UnreachableError: in all the given time.
+    """
     deadline = time.monotonic() + seconds
     while True:
         try:
-            family = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0][0]
-            with socket.socket(family, socket.SOCK_DGRAM) as probe:
-                probe.connect((host, port))
-                return str(probe.getsockname()[0])
+            return attempt()
         except OSError as error:
             if time.monotonic() + _RETRY_SECONDS > deadline:
                 raise UnreachableError(
-                    f"{socket.gethostname()}: no way to {host} ({error.strerror or error})",
-                    "check its name and the network, or set cluster.interface",
+                    f"{socket.gethostname()}: {problem} ({error.strerror or error})",
+                    "check its name, the network and firewalls, or set cluster.interface",
                 ) from error
         time.sleep(_RETRY_SECONDS)
 

@@ -238,7 +238,7 @@ class EmbeddingConfig(TableConfig):
         for name in self.tables:
             if not name.isidentifier():
                 raise ValueError(f"tables: got {name!r}, expected a name of letters, digits and underscores")
-        for name, spec in self.specs({ITEM: _ANY, **dict.fromkeys(self.tables, _ANY)}).items():
+        for name, spec in self.configured().items():
             table = "" if name == ITEM else f"tables.{name}."
             if spec.config.sharding == "column_wise" and spec.optimizer.kind.startswith("rowwise"):
                 raise ValueError(
@@ -257,6 +257,10 @@ class EmbeddingConfig(TableConfig):
                 f"embedding.replicas: got {self.replicas}, expected a divisor of the {world_size} ranks, and smaller",
                 "use one, such as the number of machines, or sharding=data_parallel for a copy on every rank",
             )
+
+    def configured(self) -> dict[str, TableSpec]:
+        """The tables that have settings, before their sizes are known."""
+        return self.specs({ITEM: _ANY, **dict.fromkeys(self.tables, _ANY)})
 
     def specs(self, needed: Mapping[str, TableShape]) -> dict[str, TableSpec]:
         """The tables of a run.

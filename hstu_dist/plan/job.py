@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from hstu_dist.distributed.arrangement import check_arrangement
 from hstu_dist.distributed.config import ITEM, EmbeddingConfig, ParallelConfig, TableShape, TableSpec, stored_width
 from hstu_dist.errors import UserError
 from hstu_dist.losses.config import FullSoftmaxConfig, SampledSoftmaxConfig
@@ -69,13 +70,12 @@ class Job:
         return -(-self.global_batch_size // ranks)
 
     def can_be_arranged(self, ranks: int) -> bool:
-        """Whether so many ranks can form the groups and replicas, with a sequence for each part of a rank's share."""
+        """Whether a launch on so many ranks would take it."""
         try:
-            self.parallel.check(ranks)
-            self.embedding.check_replicas(ranks)
+            check_arrangement(self.parallel, self.embedding, self.micro_batches, self.global_batch_size, ranks)
         except UserError:
             return False
-        return self.micro_batches <= max(1, self.global_batch_size / ranks)
+        return True
 
     def table_ranks(self, ranks: int) -> int:
         """Ranks that hold one set of tables."""

@@ -141,7 +141,9 @@ def test_lines_to_start_by_hand_are_no_sweep(tmp_path: Path, capsys: pytest.Capt
     assert capsys.readouterr().out.count("# on gpu2:") == 2
 
 
-@pytest.mark.parametrize(("code", "state"), [(-15, "stopped"), (143, "stopped"), (75, "stopped"), (1, "failed (1)")])
+@pytest.mark.parametrize(
+    ("code", "state"), [(-15, "stopped"), (143, "stopped"), (75, "stopped"), (1, "failed (1)"), (-9, "failed (-9)")]
+)
 def test_what_an_exit_code_means(code: int, state: str, tmp_path: Path) -> None:
     (cell,) = Sweep({"name", "output"}, None).plan([["name=x", f"output={tmp_path}", "seed=2"]])
     cell.process = cast(Any, SimpleNamespace(poll=lambda: code))

@@ -104,7 +104,6 @@ def test_seeds_that_drew_differently_are_one_size(tmp_path: Path, capsys: pytest
 @pytest.mark.slow
 def test_a_plan_is_for_the_settings_that_it_is_given(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fitted(copied)
-    planned = []
     for more in ([], ["task.records.train=400000"]):
         capsys.readouterr()
         assert main(["scale", "plan", str(copied), "cluster=h100x8", *more, "--target-loss", "4.31"]) == 0
@@ -119,8 +118,6 @@ def test_a_plan_is_for_the_settings_that_it_is_given(copied: Path, capsys: pytes
         assert records.record_split.train is not None
         trained = records.record_split.train * records.data.max_length
         assert float(tokens) == pytest.approx(trained * needed / rung, rel=0.02)
-        planned.append(float(tokens))
-    assert planned[0] > 0
 
 
 @pytest.mark.slow
